@@ -1,0 +1,489 @@
+"""Fine-tunes an ImageNet-pretrained ResNet-50 on CIFAR-100.
+
+    python train.py               trains; leaves the best epoch in checkpoints/best.pt
+    python train.py --resume      continues an interrupted run from checkpoints/last.pt
+    python train.py --demo        two minutes on a CPU, no download: scikit-learn's digits
+    torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
+
+Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python evaluate.py
+"""
+
+import math
+import shlex
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+import data
+import model as resnet
+import utils
+
+# Where things are
+DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
+CHECKPOINT_DIR = "checkpoints"  # folder for best.pt, last.pt and history.csv
+WEIGHTS = "IMAGENET1K_V2"  # torchvision's name, path of a state_dict file, or "" for none
+
+# Training
+EPOCHS = 60  # at most; early stopping usually ends a run before
+BATCH_SIZE = 128  # images a step, over all processes together
+LEARNING_RATE = 0.01  # at the start
+MOMENTUM = 0.9  # of SGD
+WEIGHT_DECAY = 5e-4  # of SGD
+SCHEDULER_FACTOR = 0.1  # the learning rate is multiplied by this on a plateau
+SCHEDULER_PATIENCE = 2  # epochs without a better WATCH before that
+EARLY_STOPPING_PATIENCE = 7  # epochs without a better WATCH before the run stops
+WATCH = "loss"  # validation figure for scheduler, early stopping and best.pt: "loss" or "accuracy"
+SEED = 0  # of everything random: head, order, augmentation, dropout
+
+# Images
+IMAGE_SIZE = 224  # pixels a side that the network sees; the data has 32
+HOLDOUT_PER_CLASS = (
+    0  # training images a class that validate instead of the test images; 50 to tune honestly
+)
+TRAIN_PER_CLASS = 0  # train on that many images of each class only, 0 for all: quick tries
+
+# Augmentation; 0 leaves an operation out
+FLIP = 0.5  # probability of a horizontal flip
+CROP_PADDING = 4  # pixels of black around the image before a random crop, of 32
+BRIGHTNESS = 0.2  # factor drawn from 1 - this to 1 + this
+CONTRAST = 0.2  # likewise
+SATURATION = 0.2  # likewise
+HUE = 0.05  # shift drawn from -this to this, in turns of the colour wheel, at most 0.5
+ROTATION = 10.0  # angle drawn from -this to this, degrees
+GRAYSCALE = 0.05  # probability of losing all colour
+
+# Machine
+DEVICE = "auto"  # auto, cuda, mps or cpu
+PRECISION = "auto"  # auto, bf16, fp16 or fp32
+COMPILE = False  # compile the training step: a slower start, faster steps
+LOG_EVERY = 20  # steps between looks at the loss, for the bar and to stop when it is not finite
+
+# What to do
+RESUME = False  # continue from CHECKPOINT_DIR/last.pt
+DEMO = False  # the settings below instead of those above; flags still beat them
+
+DEMO_SETTINGS = {
+    "CHECKPOINT_DIR": "checkpoints/demo",
+    "WEIGHTS": "",
+    "EPOCHS": 12,
+    "BATCH_SIZE": 64,
+    "LEARNING_RATE": 0.02,
+    "IMAGE_SIZE": 32,
+    "FLIP": 0.0,  # digits do not survive a mirror
+    "CROP_PADDING": 2,
+}
+
+
+DATASET_NAMES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits"}
+
+
+class Run(NamedTuple):
+    """What changes while training: everything that last.pt must hold besides the history."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: ReduceLROnPlateau
+    scaler: torch.amp.GradScaler
+    stopping: utils.EarlyStopping
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, changed = utils.parse_flags(__file__, argv, __doc__, presets={"demo": DEMO_SETTINGS})
+    processes = utils.this_process()
+    check_constants(args, processes.world_size)
+    folder = Path(args.checkpoint_dir)
+
+    # Device, processes, and the state to continue from, if there is one
+    device = utils.choose_device(args.device, processes.local_rank)
+    utils.connect(processes, device)
+    lock = utils.lock_folder(folder) if processes.rank == 0 else None
+    checkpoint = find_checkpoint(folder / "last.pt", args, processes)
+    precision = (
+        checkpoint["precision"] if checkpoint else utils.choose_precision(args.precision, device)
+    )
+    dtype = utils.DTYPES[precision]
+    plural = f", {processes.world_size} processes" if processes.world_size > 1 else ""
+    utils.say("device", f"{utils.device_name(device)}, {precision}, channels_last{plural}")
+    if changed:
+        utils.say(
+            "changed", ", ".join(f"{name.upper()} = {value!r}" for name, value in changed.items())
+        )
+
+    # Data and model
+    dataset = "digits" if args.demo else "cifar100"
+    train_loader, val_loader, classes = make_loaders(dataset, args, processes, device)
+    torch.manual_seed(data.mix_seed(args.seed))
+    model = resnet.build_model(len(classes), "" if checkpoint else args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    utils.say(
+        "model", f"ResNet-50 from {args.weights or 'random weights'}, {parameters:,} parameters"
+    )
+    if device.type == "cpu":
+        minutes = estimate_epoch_seconds(model, train_loader, val_loader, dtype) / 60
+        utils.say("note", f"no GPU in use: an epoch takes about {minutes:,.1f} minutes here")
+
+    # From the beginning, or from where last.pt stands
+    run = make_run(args, model, precision)
+    about = {
+        "constants": vars(args),
+        "precision": precision,
+        "dataset": dataset,
+        "classes": classes,
+    }
+    about["launcher"] = processes.launcher
+    history = restore(checkpoint, folder / "last.pt", args, run) if checkpoint else []
+    if not checkpoint and processes.rank == 0:
+        if aside := utils.move_aside(folder):
+            utils.say("earlier", f"the run that was in {folder} is now in {aside}")
+        save(folder, about, run, history)
+    saved_epochs = len(history)
+
+    def what_is_safe() -> str:
+        flags = [flag for flag in argv or sys.argv[1:] if flag != "--resume"]
+        command = f"python {shlex.join(['train.py', *flags, '--resume'])}"
+        return f"epoch {saved_epochs} is safe in {folder / 'last.pt'}, continue with: {command}"
+
+    with utils.explained_exit(
+        what_is_safe, f"at --batch-size {args.batch_size} --image-size {args.image_size}"
+    ):
+        network = wrap(
+            model, args.compile
+        )  # shares its weights with model, which validates and is saved
+        while len(history) < args.epochs and not run.stopping.should_stop:
+            epoch, start = len(history), time.perf_counter()
+            learning_rate = run.optimizer.param_groups[0]["lr"]
+            torch.manual_seed(
+                data.mix_seed(args.seed, epoch, processes.rank)
+            )  # dropout's random numbers
+            train_loss, train_accuracy = train_one_epoch(
+                network, train_loader, epoch, run.optimizer, run.scaler, dtype, args.log_every
+            )
+            trained = time.perf_counter()
+            val_loss, val_accuracy = validate(model, val_loader, dtype)
+            row = {
+                "epoch": epoch + 1,
+                "learning_rate": learning_rate,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "seconds": time.perf_counter() - start,
+                "images_per_second": len(train_loader)
+                * train_loader.batch_size
+                / (trained - start),
+            }
+            history.append(row)
+            watched = row[f"val_{args.watch}"]
+            run.scheduler.step(watched)
+            is_best = run.stopping.step(watched, epoch + 1)
+            if processes.rank == 0:
+                save(folder, about, run, history, is_best)
+            saved_epochs = len(history)
+            utils.say("epoch", epoch_line(row, args.epochs) + ("  best" if is_best else ""))
+
+    # What came of it
+    if run.stopping.should_stop:
+        utils.say(
+            "stopped", f"no better validation {args.watch} in {args.early_stopping_patience} epochs"
+        )
+    else:
+        utils.say("finished", f"all {args.epochs} epochs; --epochs and --resume go on")
+    best = history[run.stopping.best_epoch - 1]
+    utils.say(
+        "best",
+        f"epoch {best['epoch']}: validation {100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f}), "
+        f"{folder / 'best.pt'}",
+    )
+    default = folder == Path(CHECKPOINT_DIR)
+    utils.say(
+        "next", "python evaluate.py" + ("" if default else f" --checkpoint {folder / 'best.pt'}")
+    )
+    utils.disconnect(lock)
+
+
+def train_one_epoch(
+    network: nn.Module,
+    loader: data.TrainLoader,
+    epoch: int,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype,
+    log_every: int,
+) -> tuple[float, float]:
+    """Mean loss and accuracy over the epoch's images, as they were trained on, over all processes.
+
+    Raises FloatingPointError within log_every steps of the loss ceasing to be finite.
+    """
+    network.train()
+    device = loader.images.device
+    loss_sum, correct = 0.0, 0  # become tensors on the device: nothing in a step waits for them
+    total = len(loader) * loader.batch_size
+    with tqdm(
+        total=total,
+        desc=f"epoch {epoch + 1}",
+        unit="image",
+        leave=False,
+        disable=not utils.on_terminal(),
+    ) as bar:
+        for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
+            with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
+                logits = network(images)
+            loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            loss_sum += loss.detach()
+            correct += (logits.detach().argmax(1) == labels).sum()
+            if step % log_every == 0 or step == len(loader):
+                mean_loss = loss_sum.item() / step  # the only sync point
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"training loss {mean_loss} by step {step} of {len(loader)}"
+                    )
+                bar.set_postfix(loss=f"{mean_loss:.3f}")
+                bar.update(step * loader.batch_size - bar.n)
+    sums = torch.stack([loss_sum * len(labels), correct.to(loss_sum.dtype)])
+    loss_sum, correct = utils.sum_over_processes(sums).tolist()
+    return loss_sum / total, correct / total
+
+
+def validate(model: nn.Module, loader: data.EvalLoader, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean loss and accuracy over all processes' images. Raises FloatingPointError."""
+    utils.broadcast_buffers(model)
+    logits = resnet.predict(model, loader, dtype, progress=utils.on_terminal())
+    loss_sum = F.cross_entropy(logits, loader.labels, reduction="sum")
+    correct = (logits.argmax(1) == loader.labels).sum()
+    sums = torch.stack([loss_sum, correct, torch.full_like(correct, len(logits))])
+    loss_sum, correct, total = utils.sum_over_processes(sums).tolist()
+    if not math.isfinite(loss_sum):
+        raise FloatingPointError(f"validation loss {loss_sum / total}")
+    return loss_sum / total, correct / total
+
+
+def check_constants(args: Namespace, world_size: int) -> None:
+    """Ends the script with one line and exit status 2 if a constant is out of its range."""
+    for name, low, high in [
+        ("epochs", 1, 100_000),
+        ("batch_size", 1, 50_000),
+        ("learning_rate", 0, 1000),
+        ("momentum", 0, 1),
+        ("weight_decay", 0, 1000),
+        ("scheduler_factor", 0, 0.999),
+        ("scheduler_patience", 0, 100_000),
+        ("early_stopping_patience", 1, 100_000),
+        ("seed", 0, 2**63),
+        ("image_size", 32, 1024),
+        ("holdout_per_class", 0, 499),
+        ("train_per_class", 0, 500),
+        ("flip", 0, 1),
+        ("crop_padding", 0, 32),
+        ("brightness", 0, 100),
+        ("contrast", 0, 100),
+        ("saturation", 0, 100),
+        ("hue", 0, 0.5),
+        ("rotation", 0, 180),
+        ("grayscale", 0, 1),
+        ("log_every", 1, 100_000),
+    ]:
+        value = getattr(args, name)
+        utils.require(low <= value <= high, name, value, f"{low:,} to {high:,}")  # nan fails too
+    for name, choices in [
+        ("watch", ("loss", "accuracy")),
+        ("device", ("auto", "cuda", "mps", "cpu")),
+        ("precision", ("auto", *utils.DTYPES)),
+    ]:
+        utils.require(
+            getattr(args, name) in choices,
+            name,
+            getattr(args, name),
+            f"one of {', '.join(choices)}",
+        )
+    for name in ("data_dir", "checkpoint_dir"):
+        utils.require(getattr(args, name) != "", name, "''", "a folder")
+    utils.require(
+        args.batch_size % world_size == 0,
+        "batch_size",
+        args.batch_size,
+        f"a multiple of the {world_size} processes",
+    )
+
+
+def make_loaders(
+    dataset: str, args: Namespace, processes: utils.Processes, device: torch.device
+) -> tuple[data.TrainLoader, data.EvalLoader, list[str]]:
+    """Training and validation loaders on the device, and the class names; says what is in them."""
+    if dataset == "cifar100" and processes.local_rank == 0:  # one process a machine downloads
+        data.fetch_cifar100(args.data_dir)
+    utils.wait_for_all()
+    train_images, test_images, classes = data.read_dataset(dataset, args.data_dir)
+    train, holdout = data.split_per_class(
+        train_images.labels, args.holdout_per_class, args.train_per_class
+    )
+    val_images = train_images.select(holdout) if args.holdout_per_class else test_images
+    train_images = train_images.select(train)
+    counts = f"{len(train):,} training and {len(val_images.labels):,} validation images, {len(classes)} classes"
+    utils.say("data", f"{dataset}: {counts}")
+    if not args.holdout_per_class:
+        utils.say(
+            "note",
+            "the test images validate, and so choose best.pt; --holdout-per-class 50 keeps them apart",
+        )
+
+    augmentation = data.Augmentation(
+        flip=args.flip,
+        crop_padding=args.crop_padding,
+        brightness=args.brightness,
+        contrast=args.contrast,
+        saturation=args.saturation,
+        hue=args.hue,
+        rotation=args.rotation,
+        grayscale=args.grayscale,
+    )
+    share = {"rank": processes.rank, "world_size": processes.world_size}
+    return (
+        data.TrainLoader(
+            train_images.to(device),
+            args.batch_size,
+            args.image_size,
+            augmentation,
+            args.seed,
+            **share,
+        ),
+        data.EvalLoader(
+            val_images.to(device), args.batch_size // processes.world_size, args.image_size, **share
+        ),
+        classes,
+    )
+
+
+def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
+    """What trains the model; the gradient scaler is idle but for fp16."""
+    device = next(model.parameters()).device
+    mode = {"loss": "min", "accuracy": "max"}[args.watch]
+    optimizer = SGD(
+        model.parameters(),
+        lr=args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=device.type != "mps",
+    )
+    return Run(
+        model,
+        optimizer,
+        # threshold 0: an epoch is better for the scheduler exactly when it is for early stopping
+        ReduceLROnPlateau(
+            optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
+        ),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        utils.EarlyStopping(args.early_stopping_patience, mode),
+    )
+
+
+def wrap(model: nn.Module, compile_it: bool) -> nn.Module:
+    """The network that trains: the model itself, over all processes, compiled if asked."""
+    network = model
+    if (
+        dist.is_initialized()
+    ):  # batch norm keeps its statistics per process; validate() broadcasts rank 0's
+        network = DistributedDataParallel(
+            network, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    if compile_it and utils.can_compile(next(model.parameters()).device):
+        network = torch.compile(network)
+    return network
+
+
+def find_checkpoint(path: Path, args: Namespace, processes: utils.Processes) -> dict | None:
+    """last.pt, if this run continues: with --resume, or when torchrun restarted its workers."""
+    restarted = processes.restarts > 0 and path.exists()
+    if not (args.resume or restarted):
+        return None
+    checkpoint = utils.load_checkpoint(path)
+    if not args.resume and checkpoint["launcher"] != processes.launcher:
+        return None  # an earlier run's: this one was restarted before it had saved anything
+    # What may change: how long to go on, where things are, and on which machine.
+    may_change = {
+        "epochs",
+        "scheduler_patience",
+        "early_stopping_patience",
+        "data_dir",
+        "checkpoint_dir",
+    }
+    may_change |= {"device", "log_every", "resume"}
+    for name, value in vars(args).items():
+        stored = checkpoint["constants"].get(name)
+        if value != stored and name not in may_change:
+            raise utils.UserError(
+                f"{path} was trained with {name.upper()} = {stored!r}, now it is {value!r}.\n"
+                f"Set it back to continue that run, or start a new one without --resume"
+            )
+    return checkpoint
+
+
+def restore(checkpoint: dict, path: Path, args: Namespace, run: Run) -> list[dict]:
+    """Puts everything back as the checkpoint holds it and returns the history."""
+    with utils.fitting(path):
+        for name, thing in run._asdict().items():
+            thing.load_state_dict(checkpoint[name])
+        run.scheduler.patience = args.scheduler_patience
+        for parameter, state in run.optimizer.state.items():
+            if state["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("the optimizer's state has other shapes than the model")
+    utils.say("resume", f"{path}, after epoch {checkpoint['epoch']}")
+    return checkpoint["history"]
+
+
+def save(folder: Path, about: dict, run: Run, history: list[dict], is_best: bool = False) -> None:
+    """Writes best.pt if the last epoch is the best, then last.pt and history.csv."""
+    result = about | {"model": run.model.state_dict(), "epoch": len(history), "history": history}
+    if is_best:
+        utils.save_checkpoint(folder / "best.pt", result)
+    utils.save_checkpoint(
+        folder / "last.pt", result | {k: v.state_dict() for k, v in run._asdict().items()}
+    )
+    if history:
+        utils.write_history(folder / "history.csv", history)
+
+
+def estimate_epoch_seconds(
+    model: nn.Module,
+    train_loader: data.TrainLoader,
+    val_loader: data.EvalLoader,
+    dtype: torch.dtype,
+) -> float:
+    """From one timed forward pass: a training step costs about three of them."""
+    few = data.Images(train_loader.images[:8], train_loader.labels[:8])
+    sample = data.EvalLoader(few, len(few.labels), train_loader.preprocess.image_size)
+    resnet.predict(model, sample, dtype)  # the first pass sets things up
+    start = time.perf_counter()
+    resnet.predict(model, sample, dtype)
+    per_image = (time.perf_counter() - start) / len(few.labels)
+    return per_image * (3 * len(train_loader.labels) + len(val_loader.labels))
+
+
+def epoch_line(row: dict, epochs: int) -> str:
+    """The line of one epoch."""
+    return (
+        f"{row['epoch']:>3}/{epochs}  lr {row['learning_rate']:<7.4g}"
+        f"  train {row['train_loss']:.4f} {100 * row['train_accuracy']:6.2f} %"
+        f"   validation {row['val_loss']:.4f} {100 * row['val_accuracy']:6.2f} %"
+        f"   {row['seconds']:.1f} s  {row['images_per_second']:,.0f} images/s"
+    )
+
+
+if __name__ == "__main__":
+    with utils.explained_exit(lambda: "no epoch was trained; nothing was changed"):
+        main()
