@@ -117,6 +117,7 @@ def fetch_cifar100(data_dir: str) -> None:
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
     try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
         for url in URLS:
             try:
                 download_url(url, data_dir, CIFAR100.filename, CIFAR100.tgz_md5)

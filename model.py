@@ -49,7 +49,7 @@ def build_model(num_classes: int, weights: str = "") -> nn.Module:
         except RuntimeError as error:
             reasons = str(error).splitlines()
             raise WeightsError(
-                f"{weights} does not fit torchvision's resnet50.{reasons[1]}"
+                f"{weights} does not fit torchvision's resnet50: {reasons[1].strip()}"
             ) from error
     return model
 
@@ -59,7 +59,7 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     if weights in ResNet50_Weights.__members__:
         try:
             return ResNet50_Weights[weights].get_state_dict(check_hash=True, weights_only=True)
-        except Exception as error:  # URLError, timeout, OSError, RuntimeError for a wrong hash
+        except Exception as error:
             raise WeightsError(
                 f"Weights {weights} could not be downloaded: {error}\n"
                 f"Download {ResNet50_Weights[weights].url} elsewhere and pass its path, "
@@ -73,7 +73,7 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         return {name: tensor.float() for name, tensor in state.items()}
-    except Exception as error:  # torch.load fails in a dozen types, by what is wrong with the file
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
             f"{weights} is not a state_dict file that torch.load can read safely: {reason}"

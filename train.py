@@ -104,87 +104,57 @@ def main(argv: list[str] | None = None) -> None:
     check_constants(args, processes.world_size)
     folder = Path(args.checkpoint_dir)
 
-    # Device, processes, and the state to continue from, if there is one
+    # Device and processes; what this run continues from, if it does
     device = utils.choose_device(args.device, processes.local_rank)
     utils.connect(processes, device)
     lock = utils.lock_folder(folder) if processes.rank == 0 else None
     checkpoint = find_checkpoint(folder / "last.pt", args, processes)
-    precision = (
-        checkpoint["precision"] if checkpoint else utils.choose_precision(args.precision, device)
-    )
-    dtype = utils.DTYPES[precision]
-    plural = f", {processes.world_size} processes" if processes.world_size > 1 else ""
-    utils.say("device", f"{utils.device_name(device)}, {precision}, channels_last{plural}")
+    wanted = checkpoint["precision"] if checkpoint else args.precision
+    precision = utils.choose_precision(wanted, device)
+    name = utils.device_name(device)
+    utils.say("device", f"{name}, {precision}, channels_last, processes: {processes.world_size}")
     if changed:
-        utils.say(
-            "changed", ", ".join(f"{name.upper()} = {value!r}" for name, value in changed.items())
-        )
+        utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
 
-    # Data and model
+    # Data, model, and what trains it
     dataset = "digits" if args.demo else "cifar100"
     train_loader, val_loader, classes = make_loaders(dataset, args, processes, device)
-    torch.manual_seed(data.mix_seed(args.seed))
-    model = resnet.build_model(len(classes), "" if checkpoint else args.weights)
-    model = model.to(device, memory_format=torch.channels_last)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    utils.say(
-        "model", f"ResNet-50 from {args.weights or 'random weights'}, {parameters:,} parameters"
-    )
+    run = make_run(args, len(classes), device, precision, "" if checkpoint else args.weights)
+    dtype = utils.DTYPES[precision]
     if device.type == "cpu":
-        minutes = estimate_epoch_seconds(model, train_loader, val_loader, dtype) / 60
-        utils.say("note", f"no GPU in use: an epoch takes about {minutes:,.1f} minutes here")
+        estimate_epoch(run.model, train_loader, val_loader, dtype)
 
-    # From the beginning, or from where last.pt stands
-    run = make_run(args, model, precision)
-    about = {
-        "constants": vars(args),
-        "precision": precision,
-        "dataset": dataset,
-        "classes": classes,
-    }
-    about["launcher"] = processes.launcher
-    history = restore(checkpoint, folder / "last.pt", args, run) if checkpoint else []
-    if not checkpoint and processes.rank == 0:
-        if aside := utils.move_aside(folder):
-            utils.say("earlier", f"the run that was in {folder} is now in {aside}")
+    # From where last.pt stands, or from the beginning
+    about = {"constants": vars(args), "precision": precision, "dataset": dataset}
+    about |= {"classes": classes, "launcher": processes.launcher}
+    history = []
+    if checkpoint:
+        history = restore(checkpoint, folder / "last.pt", args, run)
+    elif processes.rank == 0:
+        utils.move_aside(folder)
         save(folder, about, run, history)
     saved_epochs = len(history)
 
     def what_is_safe() -> str:
         flags = [flag for flag in argv or sys.argv[1:] if flag != "--resume"]
-        command = f"python {shlex.join(['train.py', *flags, '--resume'])}"
-        return f"epoch {saved_epochs} is safe in {folder / 'last.pt'}, continue with: {command}"
+        start = "torchrun ..." if processes.launcher else "python"
+        command = f"{start} {shlex.join(['train.py', *flags, '--resume'])}"
+        return f"epoch {saved_epochs} is safe in {folder / 'last.pt'}; to continue: {command}"
 
-    with utils.explained_exit(
-        what_is_safe, f"at --batch-size {args.batch_size} --image-size {args.image_size}"
-    ):
-        network = wrap(
-            model, args.compile
-        )  # shares its weights with model, which validates and is saved
+    size = f"--batch-size {args.batch_size} and --image-size {args.image_size}"
+    with utils.explained_exit(what_is_safe, size):
+        network = wrap(run.model, args.compile)
         while len(history) < args.epochs and not run.stopping.should_stop:
             epoch, start = len(history), time.perf_counter()
-            learning_rate = run.optimizer.param_groups[0]["lr"]
-            torch.manual_seed(
-                data.mix_seed(args.seed, epoch, processes.rank)
-            )  # dropout's random numbers
-            train_loss, train_accuracy = train_one_epoch(
+            torch.manual_seed(data.mix_seed(args.seed, epoch, processes.rank))  # for dropout
+            row = {"epoch": epoch + 1, "learning_rate": run.optimizer.param_groups[0]["lr"]}
+            row |= train_one_epoch(
                 network, train_loader, epoch, run.optimizer, run.scaler, dtype, args.log_every
             )
-            trained = time.perf_counter()
-            val_loss, val_accuracy = validate(model, val_loader, dtype)
-            row = {
-                "epoch": epoch + 1,
-                "learning_rate": learning_rate,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "seconds": time.perf_counter() - start,
-                "images_per_second": len(train_loader)
-                * train_loader.batch_size
-                / (trained - start),
-            }
+            row |= validate(run.model, val_loader, dtype)
+            row["seconds"] = time.perf_counter() - start
             history.append(row)
+
             watched = row[f"val_{args.watch}"]
             run.scheduler.step(watched)
             is_best = run.stopping.step(watched, epoch + 1)
@@ -193,23 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             saved_epochs = len(history)
             utils.say("epoch", epoch_line(row, args.epochs) + ("  best" if is_best else ""))
 
-    # What came of it
-    if run.stopping.should_stop:
-        utils.say(
-            "stopped", f"no better validation {args.watch} in {args.early_stopping_patience} epochs"
-        )
-    else:
-        utils.say("finished", f"all {args.epochs} epochs; --epochs and --resume go on")
-    best = history[run.stopping.best_epoch - 1]
-    utils.say(
-        "best",
-        f"epoch {best['epoch']}: validation {100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f}), "
-        f"{folder / 'best.pt'}",
-    )
-    default = folder == Path(CHECKPOINT_DIR)
-    utils.say(
-        "next", "python evaluate.py" + ("" if default else f" --checkpoint {folder / 'best.pt'}")
-    )
+    report(args, run.stopping, history)
     utils.disconnect(lock)
 
 
@@ -221,21 +175,18 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
     log_every: int,
-) -> tuple[float, float]:
-    """Mean loss and accuracy over the epoch's images, as they were trained on, over all processes.
+) -> dict[str, float]:
+    """One pass over the data; returns train_loss, train_accuracy and images_per_second.
 
+    Loss and accuracy are means over the images as they were trained on, of all processes.
     Raises FloatingPointError within log_every steps of the loss ceasing to be finite.
     """
     network.train()
-    device = loader.images.device
-    loss_sum, correct = 0.0, 0  # become tensors on the device: nothing in a step waits for them
-    total = len(loader) * loader.batch_size
+    device, total = loader.images.device, len(loader) * loader.batch_size
+    loss_sum, correct, start = 0.0, 0, time.perf_counter()
+    hidden = not utils.on_terminal()
     with tqdm(
-        total=total,
-        desc=f"epoch {epoch + 1}",
-        unit="image",
-        leave=False,
-        disable=not utils.on_terminal(),
+        total=total, desc=f"epoch {epoch + 1}", unit="image", leave=False, disable=hidden
     ) as bar:
         for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
             with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
@@ -248,29 +199,33 @@ def train_one_epoch(
             loss_sum += loss.detach()
             correct += (logits.detach().argmax(1) == labels).sum()
             if step % log_every == 0 or step == len(loader):
-                mean_loss = loss_sum.item() / step  # the only sync point
+                mean_loss = loss_sum.item() / step  # the only place where the host waits
                 if not math.isfinite(mean_loss):
                     raise FloatingPointError(
-                        f"training loss {mean_loss} by step {step} of {len(loader)}"
+                        f"epoch {epoch + 1}: training loss {mean_loss} by step {step} of "
+                        f"{len(loader)}, learning rate {optimizer.param_groups[0]['lr']:g}"
                     )
                 bar.set_postfix(loss=f"{mean_loss:.3f}")
                 bar.update(step * loader.batch_size - bar.n)
+    seconds = time.perf_counter() - start
     sums = torch.stack([loss_sum * len(labels), correct.to(loss_sum.dtype)])
     loss_sum, correct = utils.sum_over_processes(sums).tolist()
-    return loss_sum / total, correct / total
+    return {
+        "train_loss": loss_sum / total,
+        "train_accuracy": correct / total,
+        "images_per_second": total / seconds,
+    }
 
 
-def validate(model: nn.Module, loader: data.EvalLoader, dtype: torch.dtype) -> tuple[float, float]:
-    """Mean loss and accuracy over all processes' images. Raises FloatingPointError."""
+def validate(model: nn.Module, loader: data.EvalLoader, dtype: torch.dtype) -> dict[str, float]:
+    """val_loss and val_accuracy, means over the images of all processes."""
     utils.broadcast_buffers(model)
     logits = resnet.predict(model, loader, dtype, progress=utils.on_terminal())
     loss_sum = F.cross_entropy(logits, loader.labels, reduction="sum")
     correct = (logits.argmax(1) == loader.labels).sum()
     sums = torch.stack([loss_sum, correct, torch.full_like(correct, len(logits))])
     loss_sum, correct, total = utils.sum_over_processes(sums).tolist()
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(f"validation loss {loss_sum / total}")
-    return loss_sum / total, correct / total
+    return {"val_loss": loss_sum / total, "val_accuracy": correct / total}
 
 
 def check_constants(args: Namespace, world_size: int) -> None:
@@ -278,7 +233,7 @@ def check_constants(args: Namespace, world_size: int) -> None:
     for name, low, high in [
         ("epochs", 1, 100_000),
         ("batch_size", 1, 50_000),
-        ("learning_rate", 0, 1000),
+        ("learning_rate", 1e-9, 1000),
         ("momentum", 0, 1),
         ("weight_decay", 0, 1000),
         ("scheduler_factor", 0, 0.999),
@@ -314,6 +269,12 @@ def check_constants(args: Namespace, world_size: int) -> None:
     for name in ("data_dir", "checkpoint_dir"):
         utils.require(getattr(args, name) != "", name, "''", "a folder")
     utils.require(
+        args.batch_size > world_size or args.image_size > 32,
+        "batch_size",
+        args.batch_size,
+        "2 or more images a process at 32 pixels, for batch norm",
+    )
+    utils.require(
         args.batch_size % world_size == 0,
         "batch_size",
         args.batch_size,
@@ -334,12 +295,14 @@ def make_loaders(
     )
     val_images = train_images.select(holdout) if args.holdout_per_class else test_images
     train_images = train_images.select(train)
-    counts = f"{len(train):,} training and {len(val_images.labels):,} validation images, {len(classes)} classes"
-    utils.say("data", f"{dataset}: {counts}")
+    if not len(train):
+        raise utils.UserError(f"--holdout-per-class {args.holdout_per_class} leaves none to train")
+    counts = f"{len(train):,} training and {len(val_images.labels):,} validation images"
+    utils.say("data", f"{dataset}: {counts}, {len(classes)} classes")
     if not args.holdout_per_class:
         utils.say(
             "note",
-            "the test images validate, and so choose best.pt; --holdout-per-class 50 keeps them apart",
+            "the test images choose best.pt; --holdout-per-class 50 keeps them apart from that",
         )
 
     augmentation = data.Augmentation(
@@ -369,10 +332,17 @@ def make_loaders(
     )
 
 
-def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
-    """What trains the model; the gradient scaler is idle but for fp16."""
-    device = next(model.parameters()).device
-    mode = {"loss": "min", "accuracy": "max"}[args.watch]
+def make_run(
+    args: Namespace, num_classes: int, device: torch.device, precision: str, weights: str
+) -> Run:
+    """The model on its device and what trains it; the gradient scaler is idle but for fp16."""
+    torch.manual_seed(data.mix_seed(args.seed))  # for the head
+    model = resnet.build_model(num_classes, weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = args.weights or "random weights"
+    utils.say("model", f"ResNet-50 from {source}, {parameters:,} parameters")
+
     optimizer = SGD(
         model.parameters(),
         lr=args.learning_rate,
@@ -380,24 +350,24 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
         weight_decay=args.weight_decay,
         fused=device.type != "mps",
     )
-    return Run(
-        model,
-        optimizer,
-        # threshold 0: an epoch is better for the scheduler exactly when it is for early stopping
-        ReduceLROnPlateau(
-            optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
-        ),
-        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        utils.EarlyStopping(args.early_stopping_patience, mode),
+    mode = {"loss": "min", "accuracy": "max"}[args.watch]
+    # threshold 0: an epoch is better for the scheduler exactly when it is for early stopping
+    scheduler = ReduceLROnPlateau(
+        optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    stopping = utils.EarlyStopping(args.early_stopping_patience, mode)
+    return Run(model, optimizer, scheduler, scaler, stopping)
 
 
 def wrap(model: nn.Module, compile_it: bool) -> nn.Module:
-    """The network that trains: the model itself, over all processes, compiled if asked."""
+    """The network that trains: the model itself, over all processes, compiled if asked.
+
+    It shares its weights with the model, which validates and is saved. Batch norm keeps its
+    statistics per process; validate() broadcasts those of the first.
+    """
     network = model
-    if (
-        dist.is_initialized()
-    ):  # batch norm keeps its statistics per process; validate() broadcasts rank 0's
+    if dist.is_initialized():
         network = DistributedDataParallel(
             network, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -458,32 +428,47 @@ def save(folder: Path, about: dict, run: Run, history: list[dict], is_best: bool
         utils.write_history(folder / "history.csv", history)
 
 
-def estimate_epoch_seconds(
+def estimate_epoch(
     model: nn.Module,
     train_loader: data.TrainLoader,
     val_loader: data.EvalLoader,
     dtype: torch.dtype,
-) -> float:
-    """From one timed forward pass: a training step costs about three of them."""
+) -> None:
+    """Says how long an epoch takes, by a timed forward pass: a training step costs about three."""
     few = data.Images(train_loader.images[:8], train_loader.labels[:8])
     sample = data.EvalLoader(few, len(few.labels), train_loader.preprocess.image_size)
     resnet.predict(model, sample, dtype)  # the first pass sets things up
     start = time.perf_counter()
     resnet.predict(model, sample, dtype)
     per_image = (time.perf_counter() - start) / len(few.labels)
-    return per_image * (3 * len(train_loader.labels) + len(val_loader.labels))
+    seconds = per_image * (3 * len(train_loader.labels) + len(val_loader.labels))
+    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
+    utils.say("note", f"no GPU in use: an epoch takes about {duration} here")
 
 
-def epoch_line(row: dict, epochs: int) -> str:
-    """The line of one epoch."""
+def epoch_line(row: dict[str, float], epochs: int) -> str:
+    """An epoch's figures on one line."""
     return (
-        f"{row['epoch']:>3}/{epochs}  lr {row['learning_rate']:<7.4g}"
+        f"{row['epoch']}/{epochs}  lr {row['learning_rate']:<7.4g}"
         f"  train {row['train_loss']:.4f} {100 * row['train_accuracy']:6.2f} %"
-        f"   validation {row['val_loss']:.4f} {100 * row['val_accuracy']:6.2f} %"
-        f"   {row['seconds']:.1f} s  {row['images_per_second']:,.0f} images/s"
+        f"  validation {row['val_loss']:.4f} {100 * row['val_accuracy']:6.2f} %"
+        f"  {row['seconds']:.1f} s  {row['images_per_second']:,.0f} images/s"
     )
 
 
+def report(args: Namespace, stopping: utils.EarlyStopping, history: list[dict]) -> None:
+    """Says why the run ended, what its best epoch was, and what to do next."""
+    if stopping.should_stop:
+        utils.say("stopped", f"no better validation {args.watch} in {stopping.bad_epochs} epochs")
+    else:
+        utils.say("finished", f"all {args.epochs} epochs")
+    best, path = history[stopping.best_epoch - 1], Path(args.checkpoint_dir, "best.pt")
+    figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
+    utils.say("best", f"epoch {best['epoch']}: validation {figures}, {path}")
+    elsewhere = "" if path == Path(CHECKPOINT_DIR, "best.pt") else f" --checkpoint {path}"
+    utils.say("next", f"python evaluate.py{elsewhere}")
+
+
 if __name__ == "__main__":
-    with utils.explained_exit(lambda: "no epoch was trained; nothing was changed"):
+    with utils.explained_exit(lambda: "no epoch was trained, nothing was changed"):
         main()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -331,26 +331,26 @@ def save_checkpoint(path: Path, state: dict) -> None:
         torch.save({"format": FORMAT} | state, file)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError.
+def _load_safely(file: BinaryIO) -> object:
+    """torch.load, after the checks it lacks: it verifies no checksum and unpacks deflated bombs."""
+    size = file.seek(0, os.SEEK_END)
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is not a checkpoint, or cut short")
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+                raise ValueError("torch.save did not write it")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it fails its checksum")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
-    torch.load verifies no checksum and unpacks deflated bombs, so the archive is checked first.
-    """
-    if not path.exists():
-        raise UserError(f"{path} not found. Train one with: python train.py")
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError."""
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not a checkpoint file")
-        with zipfile.ZipFile(path) as archive:
-            size = path.stat().st_size
-            if any(
-                m.compress_type != zipfile.ZIP_STORED or m.file_size > size
-                for m in archive.infolist()
-            ):
-                raise ValueError("its archive is not one that torch.save writes")
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} fails its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            checkpoint = _load_safely(file)
         if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise ValueError("it was not written by this train.py")
         for name, kind in CONTENTS.items():
@@ -358,11 +358,13 @@ def load_checkpoint(path: Path) -> dict:
                 raise TypeError(f"its entry {name!r} is missing or not a {kind.__name__}")
         if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
             raise ValueError("its weights are not finite")
-    except Exception as error:  # a dozen types, by what is wrong with the file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except FileNotFoundError:
+        raise UserError(f"{path} not found. Train one with: python train.py") from None
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(
-            f"{path} cannot be used: {reason}.\nExpected a checkpoint written by train.py; "
-            "use another one, or train again"
+            f"{path} cannot be used: {reason.splitlines()[0]}.\n"
+            "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
     return checkpoint
 
@@ -385,16 +387,16 @@ def write_history(path: Path, history: list[dict]) -> None:
         rows.writerows(history)
 
 
-def move_aside(folder: Path) -> Path | None:
-    """Moves an earlier run's files, if there are any, into a new folder and returns that."""
+def move_aside(folder: Path) -> None:
+    """Moves an earlier run's files, if there are any, into a new folder, and says so."""
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not files:
-        return None
+        return
     aside = folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S-%f}"
     aside.mkdir()
     for file in files:
         file.rename(aside / file.name)
-    return aside
+    say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
 def lock_folder(folder: Path) -> object:

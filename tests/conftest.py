@@ -1,0 +1,40 @@
+"""Fixtures: the real data where it is there, and a small finished run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import ROOT, TINY, run_script
+
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
+
+
+@pytest.fixture(scope="session")
+def cifar100_dir() -> str:
+    """The folder with the official files; skips the test where they are not there."""
+    folder = Path(os.environ.get("CIFAR100_DIR", ROOT / "data"))
+    if not (folder / "cifar-100-python" / "test").exists():
+        pytest.skip(f"the official CIFAR-100 files are not in {folder}")
+    return str(folder)
+
+
+@pytest.fixture
+def imagenet_weights() -> str:
+    """ResNet-50 weights in torchvision's layout; skips the test where they are not there."""
+    path = ROOT / "data" / "resnet50-imagenet.pth"
+    if not path.exists():
+        pytest.skip(f"no ImageNet weights at {path}")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A folder in which TINY ran for two epochs: last.pt, best.pt and history.csv in demo/."""
+    folder = tmp_path_factory.mktemp("finished")
+    script = run_script(
+        "train.py", *TINY, "--epochs", "2", "--checkpoint-dir", "demo", cwd=folder
+    )
+    assert script.status == 0, script.stderr
+    return folder

@@ -1,0 +1,82 @@
+"""Runs the project's scripts as real processes, without waiting for torch's import each time.
+
+A server process imports torch and ours once and forks a child for every run: own process id, own
+files and signals, the exit status that a shell would see.
+"""
+
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A whole run in seconds: 12 scans of each digit, two steps an epoch.
+TINY = ["--demo", "--train-per-class", "12", "--batch-size", "60", "--log-every", "1"]
+
+_numbers = itertools.count()
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["train", "evaluate", "torchvision"])
+
+
+class Script:
+    """A script that is running: `python NAME ARGS` in the folder cwd."""
+
+    def __init__(
+        self, name: str, *args: str, cwd: Path, prepare: Callable[[], None] | None = None
+    ) -> None:
+        """prepare runs in the new process before the script does."""
+        self.log = Path(cwd, f"log-{next(_numbers)}")
+        streams = [f"{self.log}.out", f"{self.log}.err"]
+        self.process = _server.Process(
+            target=_run, args=(str(ROOT / name), args, str(cwd), streams, prepare)
+        )
+        self.process.start()
+
+    @property
+    def stdout(self) -> str:
+        return Path(f"{self.log}.out").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return Path(f"{self.log}.err").read_text()
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit status; minus the signal's number for a process that a signal ended."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running\n{self.stdout}{self.stderr}"
+        return self.process.exitcode
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Returns once stdout holds the text."""
+        deadline = time.monotonic() + seconds
+        while not (os.path.exists(f"{self.log}.out") and text in self.stdout):
+            assert self.process.is_alive(), f"ended\n{self.stdout}{self.stderr}"
+            assert time.monotonic() < deadline, f"no {text!r} in\n{self.stdout}{self.stderr}"
+            time.sleep(0.005)
+
+    def send(self, signum: signal.Signals) -> None:
+        os.kill(self.process.pid, signum)
+
+
+def run_script(name: str, *args: str, cwd: Path, **options) -> Script:
+    """Runs a script to its end."""
+    script = Script(name, *args, cwd=cwd, **options)
+    script.status = script.wait()
+    return script
+
+
+def _run(path: str, args: tuple, cwd: str, streams: list[str], prepare) -> None:
+    os.chdir(cwd)
+    for descriptor, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.argv = [path, *args]
+    sys.path.insert(0, str(ROOT))
+    if prepare:
+        prepare()
+    runpy.run_path(path, run_name="__main__")

@@ -1,0 +1,91 @@
+"""The network and its weights."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import data
+import model as resnet
+
+
+def test_head_is_linear_512_relu_dropout_linear():
+    network = resnet.build_model(100)
+    kinds = [type(layer) for layer in network.fc]
+    assert kinds == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert network.fc[0].weight.shape == (512, 2048) and network.fc[3].weight.shape == (100, 512)
+    assert network.fc[2].p == 0.5
+    assert sum(parameter.numel() for parameter in network.parameters()) == 24_608_420
+
+
+def test_head_stays_in_float32_under_autocast():
+    network = resnet.build_model(10).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        logits = network(torch.randn(2, 3, 32, 32))
+        assert network.layer4(torch.randn(1, 1024, 2, 2)).dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+
+
+def test_weights_file_fills_everything_but_the_head(tmp_path):
+    torch.manual_seed(0)
+    source = torchvision.models.resnet50()
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    ours = resnet.build_model(100, str(tmp_path / "weights.pth"))
+    for name, tensor in source.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_real_imagenet_weights_give_the_features_of_torchvisions_resnet50(imagenet_weights):
+    theirs = torchvision.models.resnet50()
+    theirs.load_state_dict(torch.load(imagenet_weights, weights_only=True))
+    theirs.fc = nn.Identity()
+    ours = resnet.build_model(100, imagenet_weights)
+    ours.fc = nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+def misfit(change: str) -> dict:
+    state = torchvision.models.resnet50().state_dict()
+    if change == "missing":
+        del state["layer1.0.conv1.weight"]
+    elif change == "unexpected":
+        state["layer9.weight"] = torch.zeros(1)
+    else:
+        state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    return state
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "size mismatch"])
+def test_weights_that_do_not_fit_are_refused_with_the_entry_named(tmp_path, change):
+    torch.save(misfit(change), tmp_path / "weights.pth")
+    with pytest.raises(resnet.WeightsError, match=f"(?is)does not fit.*{change}"):
+        resnet.build_model(100, str(tmp_path / "weights.pth"))
+
+
+def test_weights_that_are_neither_name_nor_file_are_refused():
+    with pytest.raises(
+        resnet.WeightsError, match="IMAGENET1K_V9 not found. Expected IMAGENET1K_V1"
+    ):
+        resnet.build_model(100, "IMAGENET1K_V9")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
+def test_weights_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(resnet.WeightsError, match=r"weights.pth is not a state_dict file"):
+        resnet.build_model(100, str(tmp_path / "weights.pth"))
+
+
+def test_predict_gives_every_image_its_logits_in_order():
+    torch.manual_seed(0)
+    network = resnet.build_model(10).train()
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    loader = data.EvalLoader(data.Images(images, torch.arange(7)), 3, 32)
+    logits = resnet.predict(network, loader, torch.float32)
+    assert logits.shape == (7, 10)
+    with torch.inference_mode():
+        last = network.eval()(data.Preprocess(32, torch.device("cpu"))(images[6:] / 255))
+    torch.testing.assert_close(logits[6:], last)

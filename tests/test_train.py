@@ -1,0 +1,198 @@
+"""train.py as its user runs it: what it says, what it leaves, and that a resumed run is the same run."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import TINY, run_script
+
+import train
+import utils
+
+TIMES = ("seconds", "images_per_second")
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def train_tiny(folder: Path, *flags: str):
+    return run_script("train.py", *TINY, "--checkpoint-dir", "demo", *flags, cwd=folder)
+
+
+def assert_same(ours, theirs) -> None:
+    """Bit for bit the same, all the way down, but for times and for what was asked of each run."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {*TIMES, "constants"}:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_same(one, other)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def four_epochs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    assert train_tiny(folder, "--epochs", "4").status == 0
+    return folder
+
+
+def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
+    out = next(finished_run.glob("*.out")).read_text()
+    labels = [line.split()[0] for line in out.splitlines()]
+    assert labels[:4] == ["device", "changed", "data", "note"]
+    assert labels[-5:] == ["epoch", "epoch", "finished", "best", "next"]
+    assert "digits: 120 training and 360 validation images, 10 classes" in out
+    assert "24,562,250 parameters" in out  # 100 classes less 90 rows of 513 numbers in the last layer
+    assert re.search(r"epoch +1/2 .*train \d.* %.*validation \d.* %.* s .*images/s +best$", out, re.M)
+    assert re.search(r"best +epoch \d: validation [\d.]+ % .*demo/best.pt", out)
+    assert out.endswith("python evaluate.py --checkpoint demo/best.pt\n")
+    assert "\r" not in out and next(finished_run.glob("*.err")).read_text() == ""
+
+
+def test_history_csv_holds_what_the_checkpoint_holds(finished_run):
+    with open(finished_run / "demo" / "history.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == load(finished_run / "demo" / "last.pt")["history"]
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+def test_best_checkpoint_is_the_epoch_with_the_best_watched_figure(four_epochs):
+    best, last = (load(four_epochs / "demo" / name) for name in ("best.pt", "last.pt"))
+    losses = [row["val_loss"] for row in last["history"]]
+    assert best["epoch"] == losses.index(min(losses)) + 1
+    assert best["history"] == last["history"][: best["epoch"]]
+    assert last["epoch"] == 4
+
+
+def test_checkpoint_holds_the_constants_with_overrides_and_bare_keys(finished_run):
+    best = load(finished_run / "demo" / "best.pt")
+    assert best["constants"]["train_per_class"] == 12 and best["constants"]["image_size"] == 32
+    assert best["dataset"] == "digits" and best["classes"] == list("0123456789")
+    assert "conv1.weight" in best["model"] and "fc.3.bias" in best["model"]
+
+
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(four_epochs, finished_run, tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "last.pt").hardlink_to(finished_run / "demo" / "last.pt")
+    broken_off = load(tmp_path / "demo" / "last.pt")
+    # Both counters are under way where the run is cut, so that forgetting them would show.
+    assert broken_off["stopping"]["bad_epochs"] == broken_off["scheduler"]["num_bad_epochs"] == 1
+    script = train_tiny(tmp_path, "--epochs", "4", "--resume")
+    assert script.status == 0, script.stderr
+    assert "resume   demo/last.pt, after epoch 2" in script.stdout
+    unbroken, resumed = (load(f / "demo" / "last.pt") for f in (four_epochs, tmp_path))
+    assert resumed["epoch"] == 4
+    assert_same(resumed, unbroken)
+
+
+def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(
+    four_epochs, finished_run, tmp_path
+):
+    assert_same(
+        load(finished_run / "demo" / "last.pt")["history"],
+        load(four_epochs / "demo" / "last.pt")["history"][:2],
+    )
+    assert train_tiny(tmp_path, "--epochs", "2", "--seed", "1").status == 0
+    one, other = (load(f / "demo" / "last.pt")["model"] for f in (finished_run, tmp_path))
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+
+
+def test_finished_run_says_so_and_does_not_train_on(finished_run):
+    before = (finished_run / "demo" / "last.pt").read_bytes()
+    script = train_tiny(finished_run, "--epochs", "2", "--resume")
+    assert script.status == 0 and "finished all 2 epochs" in script.stdout
+    assert "epoch    3/" not in script.stdout
+    assert (finished_run / "demo" / "last.pt").read_bytes() == before
+
+
+def test_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(tmp_path):
+    flags = ["--early-stopping-patience", "1", "--scheduler-patience", "0", "--epochs", "4"]
+    script = train_tiny(tmp_path, *flags)
+    assert "stopped  no better validation loss in 1 epochs" in script.stdout
+    stopped = load(tmp_path / "demo" / "last.pt")
+    assert stopped["epoch"] < 4
+    rates = [row["learning_rate"] for row in stopped["history"]]
+    assert rates == [0.02] * len(rates)
+    assert stopped["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.002)  # 0.02 * 0.1
+    again = train_tiny(tmp_path, *flags, "--resume")
+    assert "stopped  no better" in again.stdout and f"{stopped['epoch'] + 1}/4" not in again.stdout
+    more = train_tiny(tmp_path, *flags, "--resume", "--early-stopping-patience", "9")
+    assert f"epoch    {stopped['epoch'] + 1}/4" in more.stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "stored", "now"),
+    [
+        ("--learning-rate", "0.5", "LEARNING_RATE = 0.02", "0.5"),
+        ("--seed", "3", "SEED = 0", "3"),
+        ("--weights", "x.pth", "WEIGHTS = ''", "'x.pth'"),
+        ("--watch", "accuracy", "WATCH = 'loss'", "'accuracy'"),
+    ],
+)
+def test_resume_refuses_other_constants_by_name(finished_run, flag, value, stored, now):
+    with pytest.raises(utils.UserError, match=f"{stored}, now it is {now}"):
+        train.main(
+            [*TINY, "--resume", "--checkpoint-dir", str(finished_run / "demo"), flag, value]
+        )
+
+
+def test_new_run_moves_the_earlier_one_aside(finished_run, tmp_path):
+    (tmp_path / "demo").mkdir()
+    for name in utils.RUN_FILES:
+        (tmp_path / "demo" / name).hardlink_to(finished_run / "demo" / name)
+    script = train_tiny(tmp_path, "--epochs", "1", "--seed", "5")
+    (aside,) = (tmp_path / "demo").glob("earlier-*")
+    assert f"the run that was in demo is now in {aside.relative_to(tmp_path)}" in script.stdout
+    for name in utils.RUN_FILES:
+        assert (aside / name).read_bytes() == (finished_run / "demo" / name).read_bytes()
+    assert load(tmp_path / "demo" / "last.pt")["constants"]["seed"] == 5
+
+
+def test_head_gets_other_random_weights_with_another_seed():
+    class Args:
+        seed, learning_rate, momentum, weight_decay, watch, weights = 0, 0.1, 0.9, 0.0, "loss", ""
+        scheduler_factor, scheduler_patience, early_stopping_patience = 0.1, 2, 7
+
+    runs = []
+    for seed in (0, 0, 1):
+        Args.seed = seed
+        runs.append(train.make_run(Args, 10, torch.device("cpu"), "fp32", "").model.fc[3].weight)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
+    class Args:
+        seed, learning_rate, momentum, weight_decay, watch, weights = 0, 0.1, 0.9, 0.0, "loss", ""
+        scheduler_factor, scheduler_patience, early_stopping_patience = 0.1, 2, 7
+
+    run = train.make_run(Args, 10, torch.device("cpu"), "fp32", "")
+    for epoch, loss in enumerate([2.0, 1.9999999, 1.9999999, 2.5, 1.9, 3, 3], start=1):
+        run.scheduler.step(loss)
+        run.stopping.step(loss, epoch)
+        assert run.scheduler.num_bad_epochs == run.stopping.bad_epochs
+        assert run.scheduler.best == run.stopping.best
+
+
+def test_cifar100_trains_from_real_weights_on_the_real_images(
+    cifar100_dir, imagenet_weights, tmp_path
+):
+    script = run_script(
+        *["train.py", "--data-dir", cifar100_dir, "--weights", imagenet_weights, "--epochs", "1"],
+        *["--image-size", "32", "--train-per-class", "2", "--batch-size", "50"],
+        *["--holdout-per-class", "5", "--learning-rate", "0.001"],
+        cwd=tmp_path,
+    )
+    assert script.status == 0, script.stderr
+    assert "cifar100: 200 training and 500 validation images, 100 classes" in script.stdout
+    assert "choose best.pt" not in script.stdout
+    assert script.stdout.endswith("next     python evaluate.py\n")
