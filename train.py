@@ -37,30 +37,28 @@ WEIGHTS = "IMAGENET1K_V2"  # torchvision's name, path of a state_dict file, or "
 # Training
 EPOCHS = 60  # at most; early stopping usually ends a run before
 BATCH_SIZE = 128  # images a step, over all processes together
-LEARNING_RATE = 0.01  # at the start
+LEARNING_RATE = 0.01  # of SGD, at the start
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = 5e-4  # of SGD
 SCHEDULER_FACTOR = 0.1  # the learning rate is multiplied by this on a plateau
-SCHEDULER_PATIENCE = 2  # epochs without a better WATCH before that
+SCHEDULER_PATIENCE = 2  # epochs without a better WATCH that the learning rate outlasts
 EARLY_STOPPING_PATIENCE = 7  # epochs without a better WATCH before the run stops
 WATCH = "loss"  # validation figure for scheduler, early stopping and best.pt: "loss" or "accuracy"
 SEED = 0  # of everything random: head, order, augmentation, dropout
 
 # Images
 IMAGE_SIZE = 224  # pixels a side that the network sees; the data has 32
-HOLDOUT_PER_CLASS = (
-    0  # training images a class that validate instead of the test images; 50 to tune honestly
-)
+HOLDOUT_PER_CLASS = 0  # training images a class to validate on; 0 validates on the test images
 TRAIN_PER_CLASS = 0  # train on that many images of each class only, 0 for all: quick tries
 
 # Augmentation; 0 leaves an operation out
 FLIP = 0.5  # probability of a horizontal flip
 CROP_PADDING = 4  # pixels of black around the image before a random crop, of 32
-BRIGHTNESS = 0.2  # factor drawn from 1 - this to 1 + this
-CONTRAST = 0.2  # likewise
-SATURATION = 0.2  # likewise
-HUE = 0.05  # shift drawn from -this to this, in turns of the colour wheel, at most 0.5
-ROTATION = 10.0  # angle drawn from -this to this, degrees
+BRIGHTNESS = 0.2  # brightness is multiplied by 1 - this to 1 + this
+CONTRAST = 0.2  # contrast is multiplied by 1 - this to 1 + this
+SATURATION = 0.2  # saturation is multiplied by 1 - this to 1 + this
+HUE = 0.05  # hues shift by up to this, in turns of the colour wheel; at most 0.5
+ROTATION = 10.0  # degrees, rotation by up to this either way
 GRAYSCALE = 0.05  # probability of losing all colour
 
 # Machine
@@ -83,9 +81,6 @@ DEMO_SETTINGS = {
     "FLIP": 0.0,  # digits do not survive a mirror
     "CROP_PADDING": 2,
 }
-
-
-DATASET_NAMES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits"}
 
 
 class Run(NamedTuple):
@@ -152,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                 network, train_loader, epoch, run.optimizer, run.scaler, dtype, args.log_every
             )
             row |= validate(run.model, val_loader, dtype)
+            require_finite(row["val_loss"], "validation", epoch, len(train_loader), run.optimizer)
             row["seconds"] = time.perf_counter() - start
             history.append(row)
 
@@ -200,11 +196,7 @@ def train_one_epoch(
             correct += (logits.detach().argmax(1) == labels).sum()
             if step % log_every == 0 or step == len(loader):
                 mean_loss = loss_sum.item() / step  # the only place where the host waits
-                if not math.isfinite(mean_loss):
-                    raise FloatingPointError(
-                        f"epoch {epoch + 1}: training loss {mean_loss} by step {step} of "
-                        f"{len(loader)}, learning rate {optimizer.param_groups[0]['lr']:g}"
-                    )
+                require_finite(mean_loss, "training", epoch, step, optimizer)
                 bar.set_postfix(loss=f"{mean_loss:.3f}")
                 bar.update(step * loader.batch_size - bar.n)
     seconds = time.perf_counter() - start
@@ -226,6 +218,14 @@ def validate(model: nn.Module, loader: data.EvalLoader, dtype: torch.dtype) -> d
     sums = torch.stack([loss_sum, correct, torch.full_like(correct, len(logits))])
     loss_sum, correct, total = utils.sum_over_processes(sums).tolist()
     return {"val_loss": loss_sum / total, "val_accuracy": correct / total}
+
+
+def require_finite(loss: float, kind: str, epoch: int, step: int, optimizer: Optimizer) -> None:
+    """Raises FloatingPointError, saying where the run stood, if the loss is not finite."""
+    if not math.isfinite(loss):
+        rate = optimizer.param_groups[0]["lr"]
+        where = f"epoch {epoch + 1}, by step {step}, learning rate {rate:g}"
+        raise FloatingPointError(f"the {kind} loss is {loss}: {where}")
 
 
 def check_constants(args: Namespace, world_size: int) -> None:

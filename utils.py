@@ -277,25 +277,22 @@ class EarlyStopping:
         return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best, self.best_epoch, self.bad_epochs = (
-            state["best"],
-            state["best_epoch"],
-            state["bad_epochs"],
-        )
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
 
 FORMAT = "resnet50-cifar100 checkpoint 1"
 CONTENTS = {
-    "model": dict,
-    "epoch": int,
-    "constants": dict,
-    "precision": str,
-    "dataset": str,
-    "classes": list,
-}
-CONTENTS |= {"history": list}
+    "model": dict,  # state_dict of the bare model
+    "epoch": int,  # epochs trained
+    "constants": dict,  # of the run, overrides applied
+    "precision": str,  # a key of DTYPES
+    "dataset": str,  # "cifar100" or "digits"
+    "classes": list,  # their names
+    "history": list,  # a dict of figures an epoch
+}  # last.pt also holds optimizer, scheduler, scaler, stopping and launcher
 RUN_FILES = ("best.pt", "last.pt", "history.csv")
 
 
@@ -456,7 +453,7 @@ def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[
             print(f"\nstopped  {what_is_safe()}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
     except FloatingPointError as error:
-        raise UserError(f"stopped  {error}. Lower --learning-rate.\n{what_is_safe()}") from error
+        raise UserError(f"stopped  {error}. Try a lower one.\n{what_is_safe()}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"GPU memory is exhausted {size}: lower one of them.\n{what_is_safe()}"

@@ -9,6 +9,7 @@ from scripts import ROOT, TINY, run_script
 
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny batches gain nothing from more
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +34,6 @@ def imagenet_weights() -> str:
 def finished_run(tmp_path_factory) -> Path:
     """A folder in which TINY ran for two epochs: last.pt, best.pt and history.csv in demo/."""
     folder = tmp_path_factory.mktemp("finished")
-    script = run_script(
-        "train.py", *TINY, "--epochs", "2", "--checkpoint-dir", "demo", cwd=folder
-    )
+    script = run_script("train.py", *TINY, "--epochs", "2", "--checkpoint-dir", "demo", cwd=folder)
     assert script.status == 0, script.stderr
     return folder

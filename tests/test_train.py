@@ -52,8 +52,12 @@ def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     assert labels[:4] == ["device", "changed", "data", "note"]
     assert labels[-5:] == ["epoch", "epoch", "finished", "best", "next"]
     assert "digits: 120 training and 360 validation images, 10 classes" in out
-    assert "24,562,250 parameters" in out  # 100 classes less 90 rows of 513 numbers in the last layer
-    assert re.search(r"epoch +1/2 .*train \d.* %.*validation \d.* %.* s .*images/s +best$", out, re.M)
+    assert (
+        "24,562,250 parameters" in out
+    )  # 100 classes less 90 rows of 513 numbers in the last layer
+    assert re.search(
+        r"epoch +1/2 .*train \d.* %.*validation \d.* %.* s .*images/s +best$", out, re.MULTILINE
+    )
     assert re.search(r"best +epoch \d: validation [\d.]+ % .*demo/best.pt", out)
     assert out.endswith("python evaluate.py --checkpoint demo/best.pt\n")
     assert "\r" not in out and next(finished_run.glob("*.err")).read_text() == ""
@@ -141,9 +145,7 @@ def test_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(tmp_
 )
 def test_resume_refuses_other_constants_by_name(finished_run, flag, value, stored, now):
     with pytest.raises(utils.UserError, match=f"{stored}, now it is {now}"):
-        train.main(
-            [*TINY, "--resume", "--checkpoint-dir", str(finished_run / "demo"), flag, value]
-        )
+        train.main([*TINY, "--resume", "--checkpoint-dir", str(finished_run / "demo"), flag, value])
 
 
 def test_new_run_moves_the_earlier_one_aside(finished_run, tmp_path):

@@ -1,0 +1,502 @@
+"""What befalls a run: kills, signals, full disks, bad numbers, bad files, bad networks.
+
+Each happens for real, to a process of its own. The long versions are `python -m pytest -m slow`.
+"""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import resource
+import signal
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scripts import TINY, Script, run_script
+from test_train import assert_same, load
+
+import utils
+
+RUN = [*TINY, "--checkpoint-dir", "demo"]
+
+
+def assert_explained(script: Script, *words: str, status: int = 1) -> None:
+    """One to three lines on stderr with these words, the exit status, and no traceback."""
+    lines = script.stderr.strip().splitlines()
+    assert script.status == status, script.stderr
+    assert 1 <= len(lines) <= 3 and "Traceback" not in script.stderr, script.stderr
+    for word in words:
+        assert word in script.stderr, f"{word!r} is not in: {script.stderr}"
+
+
+def assert_whole(folder: Path) -> None:
+    """last.pt, and best.pt if it is there, pass their checksums and load."""
+    for path in [folder / "last.pt", *folder.glob("best.pt")]:
+        assert zipfile.ZipFile(path).testzip() is None
+        assert torch.load(path, weights_only=True)["model"]
+
+
+# ---- kills and signals -----------------------------------------------------------------------------
+
+
+def slow_saves() -> None:
+    """Stretches every save, so that a kill at a random moment often hits one."""
+    fsync = os.fsync
+
+    def slow_fsync(descriptor: int) -> None:
+        time.sleep(0.3)
+        fsync(descriptor)
+
+    os.fsync = slow_fsync
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[dict, float]:
+    """last.pt of three epochs that nothing disturbed, and the seconds from its first save on."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    script = Script("train.py", *RUN, "--epochs", "3", cwd=folder, prepare=slow_saves)
+    wait_for_file(folder / "demo" / "last.pt")
+    start = time.monotonic()
+    assert script.wait() == 0
+    return load(folder / "demo" / "last.pt"), time.monotonic() - start
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill_and_resume(unbroken, fraction: float, folder: Path) -> bool:
+    """Kills a run at a fraction of its time after the first save; True if that hit a save."""
+    whole, seconds = unbroken
+    script = Script("train.py", *RUN, "--epochs", "3", cwd=folder, prepare=slow_saves)
+    wait_for_file(folder / "demo" / "last.pt")
+    time.sleep(fraction * seconds)
+    script.send(signal.SIGKILL)
+    killed = script.wait()
+    hit = bool(list((folder / "demo").glob("*.tmp")))
+    assert_whole(folder / "demo")
+    resumed = run_script("train.py", *RUN, "--epochs", "3", "--resume", cwd=folder)
+    assert resumed.status == 0, resumed.stderr
+    assert killed in (-signal.SIGKILL, 0)
+    assert_same(load(folder / "demo" / "last.pt"), whole)
+    return hit
+
+
+@pytest.mark.parametrize("fraction", [0.4])
+def test_killed_run_resumes_to_the_unbroken_weights(unbroken, fraction, tmp_path):
+    kill_and_resume(unbroken, fraction, tmp_path)
+
+
+@pytest.mark.slow
+def test_run_killed_at_20_moments_resumes_to_the_unbroken_weights(unbroken, tmp_path):
+    hits = []
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        hits.append(kill_and_resume(unbroken, i / 20, folder))
+    print(f"{sum(hits)} of 20 kills hit a save")
+    assert sum(hits) >= 3
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_says_which_epoch_is_safe_and_how_to_continue(signum, status, tmp_path):
+    script = Script("train.py", *RUN, "--epochs", "500", cwd=tmp_path)
+    script.wait_for("epoch    1/500")
+    script.send(signum)
+    script.status = script.wait()
+    assert_explained(script, "is safe in demo/last.pt", status=status)
+    command = script.stderr.split("python train.py ")[1].split()
+    assert command == [*RUN, "--epochs", "500", "--resume"]
+    assert f"epoch {load(tmp_path / 'demo' / 'last.pt')['epoch']} is safe" in script.stderr
+
+
+def test_signal_before_the_first_epoch_says_that_nothing_was_changed(tmp_path):
+    script = Script("train.py", "--demo", "--epochs", "500", cwd=tmp_path)
+    script.wait_for("device")
+    script.send(signal.SIGTERM)
+    script.status = script.wait()
+    assert_explained(script, "stopped", status=143)
+
+
+# ---- full disks, other runs ------------------------------------------------------------------------
+
+
+def test_full_disk_keeps_the_previous_checkpoints(tmp_path, finished_run):
+    # last.pt has 99 MB at first and 197 MB once there are momentum buffers; best.pt has 99 MB.
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000_000, 150_000_000))
+    script = run_script("train.py", *RUN, "--epochs", "2", cwd=tmp_path, prepare=limit)
+    assert_explained(script, "demo/last.pt could not be written: File too large", "--resume")
+    assert load(tmp_path / "demo" / "last.pt")["epoch"] == 0
+    assert_whole(tmp_path / "demo")
+    assert not list((tmp_path / "demo").glob("*.tmp"))
+    assert run_script("train.py", *RUN, "--epochs", "2", "--resume", cwd=tmp_path).status == 0
+    whole = load(finished_run / "demo" / "last.pt")
+    assert_same(load(tmp_path / "demo" / "last.pt")["model"], whole["model"])
+
+
+def test_leftover_of_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path, finished_run):
+    link_run(finished_run, tmp_path)
+    (tmp_path / "demo" / "last.pt.tmp").write_bytes(b"PK half a file")
+    script = run_script("train.py", *RUN, "--epochs", "2", "--resume", cwd=tmp_path)
+    assert script.status == 0 and "finished all 2 epochs" in script.stdout
+
+
+def test_second_run_in_a_folder_refuses(tmp_path):
+    first = Script("train.py", *RUN, "--epochs", "500", cwd=tmp_path)
+    first.wait_for("epoch    1/500")
+    second = run_script("train.py", *RUN, cwd=tmp_path)
+    assert_explained(second, "Another run is using demo", "--checkpoint-dir")
+    first.send(signal.SIGKILL)
+    first.wait()
+    assert not list((tmp_path / "demo").glob("earlier-*"))
+
+
+# ---- numbers that are not finite -------------------------------------------------------------------
+
+
+def test_training_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """The first step ruins the weights; the loss is looked at every fourth of six."""
+    flags = ["--batch-size", "20", "--learning-rate", "1000", "--weight-decay", "1000"]
+    script = run_script("train.py", *RUN, *flags, "--log-every", "4", cwd=tmp_path)
+    assert_explained(script, "the training loss is", "epoch 1", "by step 4,", "rate 1000")
+    assert "epoch 0 is safe in demo/last.pt" in script.stderr
+    assert_whole(tmp_path / "demo")
+
+
+def test_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """One step an epoch: the training loss is that before the step which ruins the weights."""
+    flags = ["--batch-size", "120", "--learning-rate", "1000", "--weight-decay", "1000"]
+    script = run_script("train.py", *RUN, *flags, cwd=tmp_path)
+    assert_explained(script, "the validation loss is", "epoch 1", "by step 1,", "rate 1000")
+    assert "epoch 0 is safe in demo/last.pt" in script.stderr
+    last = load(tmp_path / "demo" / "last.pt")
+    assert all(np.isfinite(row["val_loss"]) for row in last["history"])
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
+
+
+# ---- checkpoints that are not ----------------------------------------------------------------------
+
+
+class RunsCode:
+    """Unpickles by running a shell command."""
+
+    def __reduce__(self):
+        return os.system, ("touch PWNED",)
+
+
+def rezip(source: Path, target: Path, change) -> None:
+    """Copies a checkpoint's archive, its members' bytes changed by change(name, content)."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, change(member.filename, old.read(member)))
+
+
+def spoil(kind: str, good: Path, path: Path) -> None:
+    """Writes to path what the kind says, made from a good checkpoint."""
+    state = load(good)
+    content = good.read_bytes()
+    if kind == "runs code":
+        torch.save(state | {"history": RunsCode()}, path)
+    elif kind == "plain pickle that runs code":
+        path.write_bytes(pickle.dumps(RunsCode()))
+    elif kind == "tensor larger than the file":
+        # The pickle names 10**12 elements where the file holds a handful.
+        tiny = torch.zeros(7)
+        torch.save(state | {"model": {"conv1.weight": tiny}}, path)
+        bytes_path = path.with_suffix(".zip")
+        rezip(path, bytes_path, claim_more)
+        bytes_path.replace(path)
+    elif kind == "deflated bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x/data.pkl", bytes(300_000_000))
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind.startswith("cut at"):
+        path.write_bytes(content[: len(content) * int(kind.split()[-2]) // 100])
+    elif kind == "one flipped byte in the weights":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif kind == "text":
+        path.write_text("epoch,loss\n1,2.0\n")
+    elif kind == "another program's":
+        torch.save({"state_dict": state["model"], "epoch": 3}, path)
+    elif kind == "a list":
+        torch.save([1, 2, 3], path)
+    elif kind == "wrong shapes":
+        torch.save(
+            state | {"model": {k: v[:1] for k, v in state["model"].items() if v.dim()}}, path
+        )
+    elif kind == "weights not finite":
+        state["model"]["conv1.weight"][0, 0, 0, 0] = float("nan")
+        torch.save(state, path)
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "constants missing":
+        torch.save(state | {"constants": {}}, path)
+
+
+def claim_more(name: str, content: bytes) -> bytes:
+    """Replaces the pickled count 7 (BININT1) by 10**12 (LONG1) where it sizes a tensor."""
+    return content.replace(b"K\x07", b"\x8a\x06" + (10**12).to_bytes(6, "little"))
+
+
+KINDS = [
+    "runs code",
+    "plain pickle that runs code",
+    "tensor larger than the file",
+    "deflated bomb",
+    "empty",
+    "cut at 50 %",
+    "cut at 99 %",
+    "one flipped byte in the weights",
+    "text",
+    "another program's",
+    "a list",
+    "wrong shapes",
+    "weights not finite",
+    "a directory",
+    "constants missing",
+]
+
+
+def link_run(finished_run: Path, folder: Path) -> None:
+    (folder / "demo").mkdir()
+    for name in utils.RUN_FILES:
+        (folder / "demo" / name).hardlink_to(finished_run / "demo" / name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_checkpoint_is_explained_by_evaluate_and_by_resume(kind, finished_run, tmp_path):
+    (tmp_path / "demo").mkdir()
+    good = finished_run / "demo" / "last.pt"
+    spoil(kind, good, tmp_path / "demo" / "last.pt")
+    evaluated = run_script("evaluate.py", "--checkpoint", "demo/last.pt", cwd=tmp_path)
+    assert_explained(evaluated, "demo/last.pt")
+    resumed = run_script("train.py", *RUN, "--resume", "--epochs", "3", cwd=tmp_path)
+    assert_explained(resumed, "demo/last.pt")
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_the_malicious_pickles_would_run_their_code(tmp_path, monkeypatch):
+    """Or else the test above would prove nothing."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickle.dumps(RunsCode()))
+    assert (tmp_path / "PWNED").exists()
+
+
+def drop_root() -> None:
+    """root reads everything: become nobody."""
+    os.setuid(65534)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
+def test_checkpoint_without_read_permission_is_explained(finished_run, tmp_path):
+    (tmp_path / "demo").mkdir(mode=0o777)
+    (tmp_path / "demo" / "last.pt").write_bytes(b"")
+    (tmp_path / "demo" / "last.pt").chmod(0)
+    for folder in (tmp_path, tmp_path / "demo", *tmp_path.parents[:3]):
+        folder.chmod(0o777)
+    evaluated = run_script(
+        "evaluate.py", "--checkpoint", "demo/last.pt", cwd=tmp_path, prepare=drop_root
+    )
+    assert_explained(evaluated, "demo/last.pt cannot be used: Permission denied")
+    resumed = run_script("train.py", *RUN, "--resume", cwd=tmp_path, prepare=drop_root)
+    assert_explained(resumed, "demo/last.pt cannot be used: Permission denied")
+
+
+@pytest.mark.parametrize("script", [["evaluate.py"], ["train.py", *TINY, "--resume"]])
+def test_no_checkpoint_says_how_to_get_one(script, tmp_path):
+    assert_explained(
+        run_script(*script, cwd=tmp_path), "not found. Train one with: python train.py"
+    )
+
+
+def test_checkpoint_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    script = run_script("train.py", *TINY, "--checkpoint-dir", "file/demo", cwd=tmp_path)
+    assert_explained(script, "file/demo cannot be written", "--checkpoint-dir")
+
+
+def test_weights_that_cannot_be_had_are_explained(tmp_path):
+    script = run_script("train.py", *TINY, "--weights", "no/such.pth", cwd=tmp_path)
+    assert_explained(script, "no/such.pth not found", "IMAGENET1K_V2")
+    assert not (tmp_path / "checkpoints" / "demo" / "last.pt").exists()
+
+
+# ---- data that is damaged, downloads that fail -----------------------------------------------------
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def small_cifar100(tmp_path_factory) -> Path:
+    """CIFAR-100's files in its format with two images a class, packed as archive.tar.gz too."""
+    folder = tmp_path_factory.mktemp("cifar")
+    files = folder / "cifar-100-python"
+    files.mkdir()
+    labels = np.repeat(np.arange(100), 2).tolist()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 3072), dtype=np.uint8)
+    split = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * 200}
+    for name in ("train", "test"):
+        (files / name).write_bytes(pickle.dumps(split | {"batch_label": name}))
+    names = {"fine_label_names": [str(label) for label in range(100)]}
+    (files / "meta").write_bytes(pickle.dumps(names))
+    with tarfile.open(folder / "archive.tar.gz", "w:gz") as archive:
+        archive.add(files, "cifar-100-python")
+    return folder
+
+
+def pretend(digests: dict[str, str], urls: list[str], timeout: float) -> None:
+    """In the script's process: the small files are the official ones, and these are the URLs."""
+    from torchvision.datasets import CIFAR100
+
+    import data
+
+    CIFAR100.train_list = [["train", digests["train"]]]
+    CIFAR100.test_list = [["test", digests["test"]]]
+    CIFAR100.meta = {**CIFAR100.meta, "md5": digests["meta"]}
+    CIFAR100.tgz_md5 = digests["archive.tar.gz"]
+    data.URLS, data.DOWNLOAD_TIMEOUT = urls, timeout
+
+
+def train_on(source: Path, folder: Path, urls: list[str]) -> Script:
+    paths = [*(source / "cifar-100-python").iterdir(), source / "archive.tar.gz"]
+    digests = {path.name: md5(path.read_bytes()) for path in paths}
+    flags = ["--weights", "", "--image-size", "32", "--epochs", "1", "--batch-size", "100"]
+    prepare = functools.partial(pretend, digests, urls, 1.0)
+    return run_script("train.py", *flags, cwd=folder, prepare=prepare)
+
+
+def copy_files(source: Path, folder: Path) -> Path:
+    files = folder / "data" / "cifar-100-python"
+    files.mkdir(parents=True)
+    for path in (source / "cifar-100-python").iterdir():
+        (files / path.name).write_bytes(path.read_bytes())
+    return files
+
+
+NOWHERE = "http://127.0.0.1:9/cifar-100-python.tar.gz"  # nothing listens there
+
+
+def test_files_that_are_there_are_used_without_a_network(small_cifar100, tmp_path):
+    copy_files(small_cifar100, tmp_path)
+    script = train_on(small_cifar100, tmp_path, [NOWHERE])
+    assert script.status == 0, script.stderr
+    assert "cifar100: 200 training and 200 validation images" in script.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+@pytest.mark.parametrize("damage", ["cut", "one byte", "runs code"])
+def test_damaged_data_file_is_named_and_never_unpickled(name, damage, small_cifar100, tmp_path):
+    path = copy_files(small_cifar100, tmp_path) / name
+    content = path.read_bytes()
+    spoiled = {
+        "cut": content[: len(content) // 2],
+        "one byte": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+        "runs code": pickle.dumps(RunsCode()),
+    }[damage]
+    path.write_bytes(spoiled)
+    script = train_on(small_cifar100, tmp_path, [NOWHERE])
+    assert_explained(script, f"data/cifar-100-python/{name} is damaged", "md5", "Delete that file")
+    assert path.read_bytes() == spoiled
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_swapped_data_files_are_named(small_cifar100, tmp_path):
+    files = copy_files(small_cifar100, tmp_path)
+    train, test = (files / "train").read_bytes(), (files / "test").read_bytes()
+    (files / "train").write_bytes(test)
+    (files / "test").write_bytes(train)
+    script = train_on(small_cifar100, tmp_path, [NOWHERE])
+    assert_explained(script, "cifar-100-python/train is damaged")
+
+
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_missing_data_file_without_a_network_says_what_to_do(name, small_cifar100, tmp_path):
+    (copy_files(small_cifar100, tmp_path) / name).unlink()
+    script = train_on(small_cifar100, tmp_path, [NOWHERE])
+    assert script.status == 1 and "Traceback" not in script.stderr
+    assert "could not be downloaded" in script.stderr and NOWHERE in script.stderr
+    assert "python train.py --demo" in script.stderr
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves the archive well at /good, and badly in the ways that mirrors have."""
+
+    archive = b""
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
+        if kind == "error":
+            self.send_error(503)
+            return
+        if kind == "hang":
+            time.sleep(3)
+            return
+        body = {
+            "page": b"<html>It works!</html>",
+            "other": gzip.compress(b"other bytes"),
+        }.get(kind, self.archive)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def mirror(small_cifar100):
+    Mirror.archive = (small_cifar100 / "archive.tar.gz").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("fault", ["cut", "hang", "error", "page", "other"])
+def test_bad_mirror_is_passed_over_for_the_next(fault, mirror, small_cifar100, tmp_path):
+    urls = [f"{mirror}/{fault}/cifar-100-python.tar.gz", f"{mirror}/good/cifar-100-python.tar.gz"]
+    script = train_on(small_cifar100, tmp_path, urls)
+    assert script.status == 0, script.stderr
+    for path in (small_cifar100 / "cifar-100-python").iterdir():
+        copy = tmp_path / "data" / "cifar-100-python" / path.name
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_bad_mirrors_alone_leave_nothing_that_is_taken_for_good(mirror, small_cifar100, tmp_path):
+    urls = [f"{mirror}/{fault}/cifar-100-python.tar.gz" for fault in ("cut", "page")]
+    script = train_on(small_cifar100, tmp_path, urls)
+    assert script.status == 1 and "Traceback" not in script.stderr
+    assert all(url in script.stderr for url in urls)
+    assert not (tmp_path / "data" / "cifar-100-python").exists()
+    again = train_on(small_cifar100, tmp_path, [f"{mirror}/good/cifar-100-python.tar.gz"])
+    assert again.status == 0, again.stderr
+
+
+def test_one_changed_byte_of_the_official_files_is_found(cifar100_dir, tmp_path):
+    files = tmp_path / "data" / "cifar-100-python"
+    files.mkdir(parents=True)
+    for name in ("train", "meta"):
+        (files / name).symlink_to(Path(cifar100_dir, "cifar-100-python", name).resolve())
+    content = bytearray(Path(cifar100_dir, "cifar-100-python", "test").read_bytes())
+    content[len(content) // 2] ^= 1
+    (files / "test").write_bytes(content)
+    script = run_script("train.py", "--weights", "", cwd=tmp_path)
+    assert_explained(
+        script, "data/cifar-100-python/test is damaged", "f0ef6b0ae62326f3e7ffdfab6717"
+    )

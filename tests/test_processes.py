@@ -1,0 +1,136 @@
+"""Several processes are one run: torchrun on gloo, held to a single process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT, TINY, run_script
+from test_train import load
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start_torchrun(*args: str, cwd: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+
+
+def run_torchrun(*args: str, cwd: Path) -> tuple[int, str, str]:
+    process = start_torchrun(*args, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+# Trains 20 steps of the real train_one_epoch() in float64, batch norm in eval mode and no dropout:
+# what else would differ between one process and two is a mistake.
+WORKER = """
+import json, sys
+from argparse import Namespace
+import torch
+import data, model, train, utils
+
+class SameEverywhere(torch.nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+    def train(self, mode=True):
+        return super().train(False)
+    def forward(self, images):
+        return self.network(images.double())
+
+processes = utils.this_process()
+cpu = torch.device("cpu")
+utils.connect(processes, cpu)
+images, test, classes = data.read_digits()
+images, test = images.select(torch.arange(80)), test.select(torch.arange(31))
+on = data.Augmentation(0.5, 4, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
+share = {"rank": processes.rank, "world_size": processes.world_size}
+loader = data.TrainLoader(images, 4, 32, on, 0, **share)
+val_loader = data.EvalLoader(test, 8 // processes.world_size, 32, **share)
+args = Namespace(seed=0, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, watch="loss",
+    scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7, weights="")
+run = train.make_run(args, 10, cpu, "fp32", "")
+run.model.double()
+run.model.fc[2].p = 0.0
+network = train.wrap(SameEverywhere(run.model), False)
+row = train.train_one_epoch(network, loader, 0, run.optimizer, run.scaler, torch.float64, 20)
+val = train.validate(SameEverywhere(run.model), val_loader, torch.float64)
+steps, world = len(loader), processes.world_size
+if processes.rank == 0:
+    print(json.dumps({"steps": steps, "world": world, **row, **val}))
+    torch.save(run.model.state_dict(), sys.argv[1])
+utils.disconnect(None)
+"""
+
+
+def test_two_processes_and_one_give_the_same_losses_and_weights_in_float64(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    figures = []
+    for count in ("1", "2"):
+        flags = ["--nproc-per-node", count, "worker.py", f"{count}.pt"]
+        status, out, err = run_torchrun(*flags, cwd=tmp_path)
+        assert status == 0, err
+        figures.append(json.loads(re.search(r"{.*}", out).group()))
+    one, two = figures
+    assert (one["steps"], one["world"], two["steps"], two["world"]) == (20, 1, 20, 2)
+    for name in ("train_loss", "val_loss"):
+        assert two[name] == pytest.approx(one[name], abs=1e-9)
+    for name in ("train_accuracy", "val_accuracy"):
+        assert two[name] == one[name]
+    weights, others = load(tmp_path / "1.pt"), load(tmp_path / "2.pt")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=0, atol=1e-9)
+
+
+def test_torchrun_trains_saves_once_and_evaluates(tmp_path):
+    flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), *TINY, "--epochs", "2"]
+    status, out, err = run_torchrun(*flags, cwd=tmp_path)
+    assert status == 0, err
+    assert out.count("device ") == 1 and "processes: 2" in out
+    assert len(re.findall(r"^epoch +\d/2", out, re.MULTILINE)) == 2
+    last = load(tmp_path / "checkpoints" / "demo" / "last.pt")
+    assert not [name for name in last["model"] if name.startswith(("module.", "_orig_mod."))]
+    best = "checkpoints/demo/best.pt"
+    script = run_script("evaluate.py", "--checkpoint", best, "--no-show", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    # Resuming with one process is the same run: the batch is global.
+    more = run_script("train.py", *TINY, "--epochs", "3", "--resume", cwd=tmp_path)
+    assert more.status == 0 and "epoch    3/3" in more.stdout, more.stderr
+
+
+def test_batch_size_that_the_processes_cannot_share_is_refused_before_anything_starts(tmp_path):
+    flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), "--demo", "--batch-size", "61"]
+    status, _, err = run_torchrun(*flags, cwd=tmp_path)
+    assert status != 0 and "--batch-size 61: expected a multiple of the 2 processes" in err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_killed_worker_is_restarted_and_the_run_continues_to_its_end(tmp_path):
+    (tmp_path / "checkpoints" / "demo").mkdir(parents=True)
+    flags = ["--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "train.py")]
+    process = start_torchrun(*flags, *TINY, "--epochs", "4", cwd=tmp_path)
+    lines = []
+    while not (lines and lines[-1].startswith("epoch    2/4")):
+        lines.append(process.stdout.readline())
+        assert lines[-1], process.stderr.read()
+    time.sleep(0.3)  # into the third epoch
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    epochs = re.findall(r"^epoch +(\d)/4", "".join(lines) + out, re.MULTILINE)
+    assert "resume   checkpoints/demo/last.pt, after epoch" in out
+    assert epochs == ["1", "2", "3", "4"]
+    assert len(load(tmp_path / "checkpoints" / "demo" / "last.pt")["history"]) == 4
+    best = "checkpoints/demo/best.pt"
+    script = run_script("evaluate.py", "--checkpoint", best, "--no-show", cwd=tmp_path)
+    assert script.status == 0, script.stderr

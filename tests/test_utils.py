@@ -1,0 +1,169 @@
+"""Flags, early stopping, precision: what needs no training."""
+
+import re
+
+import pytest
+import torch
+from scripts import ROOT
+
+import data
+import train
+import utils
+
+SCRIPT = """
+EPOCHS = 60  # at most 100 % of them
+RATE = 0.1  # the step
+NAME = "a"  # which
+FAST = False  # quickly
+PATHS = []  # some files
+PRESET = {"EPOCHS": 2, "RATE": 0.5}
+"""
+
+
+def parse(tmp_path, *argv, presets=None):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return utils.parse_flags(str(tmp_path / "script.py"), list(argv), "what it does", presets)
+
+
+def test_every_constant_is_a_flag_of_its_type(tmp_path):
+    args, changed = parse(
+        tmp_path, "--epochs", "3", "--rate", "1e-2", "--fast", "--paths", "x", "y"
+    )
+    assert vars(args) == {"epochs": 3, "rate": 0.01, "name": "a", "fast": True, "paths": ["x", "y"]}
+    assert changed == {"epochs": 3, "rate": 0.01, "fast": True, "paths": ["x", "y"]}
+    assert parse(tmp_path, "--no-fast")[1] == {}
+
+
+def test_help_shows_each_comment_type_and_default(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(tmp_path, "--help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "--epochs INT at most 100 % of them (default: 60)" in out
+    assert "--fast, --no-fast quickly (default: False)" in out
+
+
+def test_flags_beat_a_preset_and_a_preset_beats_the_constants(tmp_path):
+    presets = {"fast": {"EPOCHS": 2, "RATE": 0.5}}
+    assert parse(tmp_path, presets=presets)[0].epochs == 60
+    args, _ = parse(tmp_path, "--fast", "--rate", "0.7", presets=presets)
+    assert (args.epochs, args.rate, args.name) == (2, 0.7, "a")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--epoch", "3"],
+        ["--epochs", "3.5"],
+        ["--epochs"],
+        ["--rate", "fast"],
+        ["stray"],
+        ["-e", "3"],
+    ],
+)
+def test_unknown_flag_or_wrong_type_is_one_line_and_exit_status_2(tmp_path, argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(tmp_path, *argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("script.py: ")
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_every_constant_of_a_script_is_commented_and_read(script):
+    """A comment is the flag's help; a constant that nothing reads would be a lie."""
+    source = (ROOT / script).read_text()
+    args, _ = utils.parse_flags(str(ROOT / script), [], "")
+    for name in vars(args):
+        line = re.search(rf"^{name.upper()} = .*$", source, re.MULTILINE).group()
+        assert re.search(r"  # \w+", line), f"{name.upper()} has no comment"
+        assert re.search(rf"\b(args\.{name}|\"{name}\")", source), f"{name.upper()} is never read"
+
+
+# What every edge of every flag gives: 2 for what cannot be right whatever the data and the machine.
+EDGES = [
+    *[(flag, value) for flag in ("epochs", "batch-size", "image-size", "log-every") for value in
+      ("0", "-1", "10000000000", "nan", "x", "", "1.5")],
+    *[("early-stopping-patience", value) for value in ("0", "-1", "inf", "")],
+    *[("scheduler-patience", value) for value in ("-1", "nan", "")],
+    *[("seed", value) for value in ("-1", "1e3", "", "99999999999999999999")],
+    *[("learning-rate", value) for value in ("0", "-0.1", "nan", "inf", "x", "", "1e30")],
+    *[(flag, value) for flag in ("momentum", "weight-decay", "scheduler-factor") for value in
+      ("-0.1", "nan", "inf", "x", "", "1e30")],
+    ("scheduler-factor", "1"),
+    *[("holdout-per-class", value) for value in ("-1", "500", "nan", "")],
+    *[("train-per-class", value) for value in ("-1", "501", "x")],
+    *[(flag, value) for flag in ("flip", "grayscale") for value in ("-0.1", "1.1", "nan", "x")],
+    *[("crop-padding", value) for value in ("-1", "33", "nan", "1.5")],
+    *[(flag, value) for flag in ("brightness", "contrast", "saturation") for value in
+      ("-0.1", "nan", "inf", "x")],
+    *[("hue", value) for value in ("-0.1", "0.51", "nan")],
+    *[("rotation", value) for value in ("-1", "181", "nan")],
+    *[(flag, value) for flag in ("watch", "device", "precision") for value in ("", "x", "AUTO")],
+    *[(flag, "") for flag in ("data-dir", "checkpoint-dir")],
+    ("no-such-flag", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), EDGES)
+def test_flag_at_its_edge_is_one_line_and_exit_status_2(flag, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        train.main([f"--{flag}", value])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and f"--{flag}" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["watch", "rotation", "seed", "crop-padding", "flip"])
+def test_range_message_says_found_and_expected(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([f"--{flag}=-7"])
+    assert re.search(rf"--{flag}[ :].*-7.*", capsys.readouterr().err)
+
+
+def test_early_stopping_counts_epochs_without_a_better_one():
+    stopping = utils.EarlyStopping(patience=3, mode="min")
+    losses = [3.0, 2.0, 2.0, 2.5, 1.9, 1.9, 2.0, 5.0]
+    better = [stopping.step(loss, epoch) for epoch, loss in enumerate(losses, start=1)]
+    assert better == [True, True, False, False, True, False, False, False]
+    assert (stopping.best, stopping.best_epoch, stopping.should_stop) == (1.9, 5, True)
+
+
+def test_early_stopping_can_watch_what_should_rise():
+    stopping = utils.EarlyStopping(patience=1, mode="max")
+    assert stopping.step(0.5, 1) and stopping.step(0.6, 2) and not stopping.should_stop
+    assert not stopping.step(0.6, 3) and stopping.should_stop
+
+
+def test_seeds_that_add_up_to_the_same_differ():
+    assert len({data.mix_seed(seed, 10 - seed) for seed in range(11)}) == 11
+    assert data.mix_seed(1, 2) == data.mix_seed(1, 2)
+
+
+def test_precision_follows_the_hardware():
+    cpu = torch.device("cpu")
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    assert utils.choose_precision("auto", cpu) == ("bf16" if native else "fp32")
+    assert utils.choose_precision("fp32", cpu) == "fp32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_asked_for_and_missing_is_an_error():
+    assert utils.choose_device("auto").type == "cpu"
+    with pytest.raises(utils.UserError, match="--device cuda: torch .* finds none here"):
+        utils.choose_device("cuda")
+
+
+def test_a_driver_that_torch_cannot_use_is_not_called_no_gpu(monkeypatch):
+    import warnings
+
+    def old_driver() -> bool:
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old_driver)  # no such GPU to try it on
+    with pytest.raises(utils.UserError, match="There is a GPU, but .* driver .* is too old"):
+        utils.choose_device("auto")
