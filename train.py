@@ -8,6 +8,7 @@
 Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python evaluate.py
 """
 
+import inspect
 import math
 import shlex
 import sys
@@ -368,9 +369,10 @@ def wrap(model: nn.Module, compile_it: bool) -> nn.Module:
     """
     network = model
     if dist.is_initialized():
-        network = DistributedDataParallel(
-            network, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options = inspect.signature(DistributedDataParallel).parameters
+        renamed = "forward_sync_buffers" in options  # since torch 2.15
+        no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True, **no_sync)
     if compile_it and utils.can_compile(next(model.parameters()).device):
         network = torch.compile(network)
     return network

@@ -93,11 +93,6 @@ def kill_and_resume(unbroken, fraction: float, folder: Path) -> bool:
     return hit
 
 
-@pytest.mark.parametrize("fraction", [0.4])
-def test_killed_run_resumes_to_the_unbroken_weights(unbroken, fraction, tmp_path):
-    kill_and_resume(unbroken, fraction, tmp_path)
-
-
 @pytest.mark.slow
 def test_run_killed_at_20_moments_resumes_to_the_unbroken_weights(unbroken, tmp_path):
     hits = []

@@ -56,7 +56,7 @@ on = data.Augmentation(0.5, 4, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
 share = {"rank": processes.rank, "world_size": processes.world_size}
 loader = data.TrainLoader(images, 4, 32, on, 0, **share)
 val_loader = data.EvalLoader(test, 8 // processes.world_size, 32, **share)
-args = Namespace(seed=0, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, watch="loss",
+args = Namespace(seed=0, learning_rate=0.001, momentum=0.9, weight_decay=5e-4, watch="loss",
     scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7, weights="")
 run = train.make_run(args, 10, cpu, "fp32", "")
 run.model.double()
@@ -94,7 +94,7 @@ def test_two_processes_and_one_give_the_same_losses_and_weights_in_float64(tmp_p
 def test_torchrun_trains_saves_once_and_evaluates(tmp_path):
     flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), *TINY, "--epochs", "2"]
     status, out, err = run_torchrun(*flags, cwd=tmp_path)
-    assert status == 0, err
+    assert status == 0 and "Warning" not in err, err
     assert out.count("device ") == 1 and "processes: 2" in out
     assert len(re.findall(r"^epoch +\d/2", out, re.MULTILINE)) == 2
     last = load(tmp_path / "checkpoints" / "demo" / "last.pt")
@@ -114,6 +114,7 @@ def test_batch_size_that_the_processes_cannot_share_is_refused_before_anything_s
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_killed_worker_is_restarted_and_the_run_continues_to_its_end(tmp_path):
     (tmp_path / "checkpoints" / "demo").mkdir(parents=True)
     flags = ["--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "train.py")]
