@@ -1,24 +1,30 @@
 """Evaluates a checkpoint on the official test images: how good it is, and where it goes wrong.
 
-    python evaluate.py                                      checkpoints/best.pt
+    python evaluate.py                              checkpoints/best.pt
     python evaluate.py --checkpoint checkpoints/demo/best.pt
+    python evaluate.py --tta                        averages over each image and its mirror
+    python evaluate.py --images cat.jpg photos/     the likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
-in the checkpoint. Prints loss, top-1, top-5 and a report for every class; writes to RESULTS_DIR:
+in the checkpoint. It prints a report and writes into RESULTS_DIR:
 
-    metrics.json                    loss and accuracies as fractions, and where they come from
+    metrics.json                    every number (accuracies as fractions) and where it comes from
     classification_report.txt/.csv  precision, recall and F1 of every class
-    confusion_matrix.csv/.png       rows true, columns predicted; counts, shares of a row
+    confusion_matrix.csv/.png       rows true, columns predicted; the CSV counts images
     predictions.csv                 index into the official test file, label and predicted as class
                                     numbers, confidence (the softmax of the predicted class)
+    and pictures: superclass_confusion_matrix, most_confused, mistakes, per_class, reliability,
+    training_curves; with --images predictions.png alone
 """
 
 import csv
 import json
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import seaborn as sns
@@ -26,13 +32,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from sklearn.metrics import (
-    accuracy_score,
-    classification_report,
-    confusion_matrix,
-    top_k_accuracy_score,
-)
+from PIL import Image, ImageOps
+from sklearn import metrics
+from torch import Tensor
 
 import data
 import model as resnet
@@ -42,7 +46,24 @@ CHECKPOINT = "checkpoints/best.pt"  # file written by train.py
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # auto, cuda, mps or cpu
+TTA = False  # average the logits over each image and its mirror: twice the time
+IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
+
+
+class Result(NamedTuple):
+    """N test images and what the network takes them for."""
+
+    images: Tensor  # uint8 (N, 3, 32, 32)
+    labels: np.ndarray  # true class numbers (N,)
+    predicted: np.ndarray  # class numbers (N,)
+    confidence: np.ndarray  # softmax of the predicted class (N,)
+    classes: list[str]
+
+    def surest(self, which: np.ndarray, count: int) -> np.ndarray:
+        """Indices of the images, of those where which (N,) is true, with the highest confidence."""
+        indices = np.flatnonzero(which)
+        return indices[np.argsort(-self.confidence[indices], kind="stable")][:count]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,74 +79,107 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # better to fail now than after the network
     with utils.fitting(path):
-        constants, classes = checkpoint["constants"], checkpoint["classes"]
+        dataset, classes, history = (checkpoint[key] for key in ("dataset", "classes", "history"))
+        constants, dtype = checkpoint["constants"], utils.DTYPES[checkpoint["precision"]]
         batch_size, image_size = constants["batch_size"], constants["image_size"]
-        holdout_per_class = constants["holdout_per_class"]
-        dtype = utils.DTYPES[checkpoint["precision"]]
+        optimistic, watch = constants["holdout_per_class"] == 0, constants["watch"]
         model = resnet.build_model(len(classes))
         model.load_state_dict(checkpoint["model"])
     model = model.to(device, memory_format=torch.channels_last)
     utils.say("device", f"{utils.device_name(device)}, {checkpoint['precision']}, channels_last")
     utils.say("model", f"{path}, epoch {checkpoint['epoch']}")
 
-    # Its predictions
-    if checkpoint["dataset"] == "cifar100":
+    def predict(images: Tensor) -> Tensor:
+        """Logits (views, N, num_classes): of the images and, with --tta, of their mirrors."""
+        logits = []
+        for view in [images, images.flip(3)] if args.tta else [images]:
+            unlabelled = data.Images(view, torch.zeros(len(view))).to(device)
+            loader = data.EvalLoader(unlabelled, batch_size, image_size)
+            logits.append(resnet.predict(model, loader, dtype, progress=utils.on_terminal()))
+        return torch.stack(logits).cpu()
+
+    # The user's own pictures
+    if args.images:
+        files, images = read_pictures(args.images)
+        captions = describe_top5(predict(images).mean(0).softmax(1), classes)
+        for file, caption in zip(files, captions):
+            print(f"{file}\n{caption}")
+        titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files, captions)][:24]
+        picture = folder / "predictions.png"
+        with writing(folder):
+            draw_tiles(images[:24], titles, columns=4, width=2.5).savefig(picture, dpi=150)
+        utils.say("results", f"{picture}: the first {len(titles)} as the network sees them")
+        return open_window(picture) if args.show else None
+
+    # The test images
+    if dataset == "cifar100":
         data.fetch_cifar100(args.data_dir)
-    _, test, _ = data.read_dataset(checkpoint["dataset"], args.data_dir)
-    loader = data.EvalLoader(test.to(device), batch_size, image_size)
-    logits = resnet.predict(model, loader, dtype, progress=utils.on_terminal())
-    utils.say("data", f"{checkpoint['dataset']}: {len(logits):,} test images")
-    if holdout_per_class:
-        utils.say("note", "these images had no part in training or in choosing the checkpoint")
-    else:
-        utils.say("note", "these images also chose the checkpoint, so the numbers are optimistic")
+    _, test, _ = data.read_dataset(dataset, args.data_dir)
+    utils.say("data", f"{dataset}: {len(test.labels):,} test images")
+    chose = "also chose the checkpoint, so the numbers are optimistic"
+    unseen = "took no part in training or in choosing the checkpoint"
+    utils.say("note", f"these images {chose if optimistic else unseen}")
+    views = predict(test.images)
+    confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
+    result = Result(test.images, test.labels.numpy(), predicted, confidence, classes)
 
     # Numbers
-    loss = F.cross_entropy(logits, loader.labels, reduction="sum").item() / len(logits)
-    logits, labels = logits.cpu().double(), test.labels.numpy()
-    confidence, predicted = (tensor.numpy() for tensor in logits.softmax(1).max(1))
-    numbers = range(len(classes))
-    metrics = {
-        "loss": loss,
-        "top1_accuracy": accuracy_score(labels, predicted),
-        "top5_accuracy": top_k_accuracy_score(labels, logits.numpy(), k=5, labels=numbers),
-        "images": len(labels),
+    matrix = metrics.confusion_matrix(result.labels, predicted, labels=range(len(classes)))
+    text, report = report_classes(result)
+    f1 = {name: report[name]["f1-score"] for name in classes}
+    bins = calibration_bins(confidence, predicted == result.labels)
+    pairs = find_confused_pairs(matrix, classes)
+    numbers = score(views.mean(0), test.labels) | {
+        "macro_f1": report["macro avg"]["f1-score"],
+        "expected_calibration_error": expected_calibration_error(*bins),
+        "intervals_95": bootstrap_intervals(matrix),
+        "most_confused": pairs[:10],
+        "images": len(predicted),
+        "test_images_chose_checkpoint": optimistic,
+        "tta": args.tta,
         "checkpoint": str(path),
-        "epoch": checkpoint["epoch"],
-        "dataset": checkpoint["dataset"],
-        "precision": checkpoint["precision"],
-        "test_images_chose_checkpoint": holdout_per_class == 0,
+        **{name: checkpoint[name] for name in ("epoch", "dataset", "precision")},
     }
-    options = {"labels": numbers, "target_names": classes, "zero_division": 0}
-    report = classification_report(labels, predicted, **options, digits=4)
-    rows = classification_report(labels, predicted, **options, output_dict=True)
-    matrix = confusion_matrix(labels, predicted, labels=numbers)
-    utils.say("loss", f"{loss:.4f}")
-    utils.say("top-1", f"{100 * metrics['top1_accuracy']:.2f} %")
-    utils.say("top-5", f"{100 * metrics['top5_accuracy']:.2f} %")
-    print(report)
+    if args.tta:
+        numbers["without_tta"] = score(views[0], test.labels)
+    superclasses, order = [], np.arange(len(classes))
+    if dataset == "cifar100":
+        superclasses, coarse = list(data.SUPERCLASSES), superclass_numbers(classes)
+        coarse_matrix = metrics.confusion_matrix(coarse[result.labels], coarse[predicted])
+        order = np.argsort(coarse, kind="stable")
+        numbers["superclass_accuracy"] = coarse_matrix.trace() / len(predicted)
+    print_numbers(numbers, text, f1)
 
     # Files
+    curve = read_history(path.with_name("history.csv"), history)
+    names, ordered = [classes[i] for i in order], matrix[order][:, order]
+    pictures = {
+        "confusion_matrix.png": draw_matrix(ordered, names, superclasses),
+        "superclass_confusion_matrix.png": superclasses
+        and draw_matrix(coarse_matrix, superclasses),
+        "most_confused.png": pairs and draw_pairs(result, pairs[:8]),
+        "mistakes.png": pairs and draw_mistakes(result),
+        "per_class.png": draw_f1(f1),
+        "reliability.png": draw_reliability(*bins),
+        "training_curves.png": curve and draw_curves(curve, watch),
+    }
     with writing(folder):
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "classification_report.txt").write_text(report)
+        (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        (folder / "classification_report.txt").write_text(text)
         fields = ["precision", "recall", "f1-score", "support"]
-        write_csv(
-            folder / "classification_report.csv",
-            ["class", *fields],
-            ([name, *(rows[name][field] for field in fields)] for name in classes),
-        )
-        write_csv(
-            folder / "confusion_matrix.csv",
-            ["true \\ predicted", *classes],
-            ([name, *counts] for name, counts in zip(classes, matrix.tolist())),
-        )
-        write_csv(
-            folder / "predictions.csv",
-            ["index", "label", "predicted", "confidence"],
-            zip(range(len(labels)), labels.tolist(), predicted.tolist(), confidence.tolist()),
-        )
-        draw_matrix(matrix, classes).savefig(folder / "confusion_matrix.png", dpi=150)
+        rows = [[name, *(report[name][field] for field in fields)] for name in classes]
+        write_csv(folder / "classification_report.csv", ["class", *fields], rows)
+        rows = [[name, *counts] for name, counts in zip(classes, matrix)]
+        write_csv(folder / "confusion_matrix.csv", ["true/predicted", *classes], rows)
+        rows = zip(range(len(predicted)), result.labels, predicted, confidence)
+        header = ["index", "label", "predicted", "confidence"]
+        write_csv(folder / "predictions.csv", header, rows)
+        for name, figure in pictures.items():
+            (folder / name).unlink(missing_ok=True)  # an earlier network's
+            if figure:
+                figure.savefig(folder / name, dpi=150)
+    if missing := [name for name, figure in pictures.items() if not figure]:
+        utils.say("note", f"nothing to draw for {', '.join(missing)}")
     utils.say("results", str(folder))
     if args.show:
         open_window(folder / "confusion_matrix.png")
@@ -142,12 +196,115 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable) -> None:
+def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
     """A header and rows as a CSV file."""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean cross-entropy, top-1 and top-5 accuracy of logits (N, num_classes)."""
+    numbers = range(logits.shape[1])
+    return {
+        "loss": F.cross_entropy(logits, labels, reduction="sum").item() / len(labels),
+        "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1)),
+        "top5_accuracy": metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers),
+    }
+
+
+def report_classes(result: Result) -> tuple[str, dict]:
+    """scikit-learn's classification report, as text and as numbers, with every class in it."""
+    options = {"target_names": result.classes, "digits": 4, "zero_division": 0}
+    options["labels"] = range(len(result.classes))  # or names shift when a class is absent
+    return tuple(
+        metrics.classification_report(result.labels, result.predicted, output_dict=flag, **options)
+        for flag in (False, True)
+    )
+
+
+def superclass_numbers(classes: list[str]) -> np.ndarray:
+    """The superclass of each class (num_classes,), numbered as the official coarse labels are."""
+    groups = data.SUPERCLASSES.values()
+    return np.array([[name in group for group in groups].index(True) for name in classes])
+
+
+def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
+    """Classes taken for each other, most mistakes of both ways first; the commoner way is named."""
+    pairs = [
+        {"true": classes[a], "taken_for": classes[b], "images": n, "other_way": matrix[b, a].item()}
+        for a, row in enumerate(matrix.tolist())
+        for b, n in enumerate(row)
+        if n and a != b and (n, b) > (matrix[b, a], a)
+    ]
+    return sorted(pairs, key=lambda pair: -pair["images"] - pair["other_way"])
+
+
+def calibration_bins(
+    confidence: np.ndarray, correct: np.ndarray, count: int = 15
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, accuracy and mean confidence in each bin (0, 1/count], ..., (1 - 1/count, 1]."""
+    numbers = np.ceil(confidence * count).astype(int).clip(1, count) - 1
+    images = np.bincount(numbers, minlength=count)
+    sums = (np.bincount(numbers, weights, count) for weights in (correct, confidence))
+    return images, *(values / images.clip(1) for values in sums)
+
+
+def expected_calibration_error(
+    images: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray
+) -> float:
+    """Mean over images of their bin's |accuracy - confidence|: Guo et al. 2017, equation 3."""
+    return float(np.average(np.abs(accuracy - confidence), weights=images))
+
+
+def bootstrap_intervals(matrix: np.ndarray, resamples: int = 1000) -> dict[str, list[float]]:
+    """95 % percentile intervals of top-1 and macro F1 over test images drawn with replacement.
+
+    Images differ by their cell of the confusion matrix alone, so cells are drawn: a multinomial.
+    """
+    true, predicted = matrix.nonzero()
+    share = matrix[true, predicted] / matrix.sum()
+    drawn = np.random.default_rng(0).multinomial(matrix.sum(), share, resamples)
+    of_class = np.eye(len(matrix))
+    hits = drawn @ (of_class[true] * of_class[predicted])  # (resamples, num_classes)
+    sizes = drawn @ (of_class[true] + of_class[predicted])  # images of a class + taken for it
+    samples = {
+        "top1_accuracy": hits.sum(1) / matrix.sum(),
+        "macro_f1": (2 * hits / sizes.clip(1)).mean(1),
+    }
+    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in samples.items()}
+
+
+def print_numbers(numbers: dict, report: str, f1: dict[str, float]) -> None:
+    """What a person reads on the terminal; the summary comes last, where the prompt is."""
+    print(f"\n{report}\nworst classes by F1")
+    for name in sorted(f1, key=f1.get)[:10]:
+        print(f"{f1[name]:8.4f}  {name}")
+    print("\nmost confused pairs, images one way + the other")
+    for pair in numbers["most_confused"]:
+        print("{images:4} + {other_way:<3} {true} taken for {taken_for}".format(**pair))
+    print()
+    if numbers["tta"]:
+        single = numbers["without_tta"]
+        figures = f"top-1 {single['top1_accuracy']:.2%}, loss {single['loss']:.4f}"
+        utils.say("one view", f"{figures}; all else is over image and mirror")
+    utils.say("loss", f"{numbers['loss']:.4f}")
+    for label, name, remark in [
+        ("top-1", "top1_accuracy", ""),
+        ("top-5", "top5_accuracy", ""),
+        ("macro F1", "macro_f1", ""),
+        ("coarse", "superclass_accuracy", "  in the right superclass"),
+        ("ECE", "expected_calibration_error", "  expected calibration error, 15 bins"),
+    ]:
+        if name in numbers:
+            low, high = (100 * x for x in numbers["intervals_95"].get(name, (0, 0)))
+            interval = f"  95 % interval {low:.2f} to {high:.2f}" if high else ""
+            utils.say(label, f"{100 * numbers[name]:.2f} %{interval}{remark}")
+
+
+# ---- pictures -----------------------------------------------------------------------------------
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -157,22 +314,136 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_matrix(matrix: np.ndarray, names: list[str]) -> Figure:
-    """Confusion matrix, rows true, columns predicted, as shares of each row."""
-    size = max(7, 0.2 * len(names))
-    figure = new_figure(size, size)
-    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
-    axes = figure.subplots()
-    sns.heatmap(
-        shares,
-        ax=axes,
+def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
+    """Confusion matrix, rows true; groups name equal runs of consecutive classes."""
+    count, numbered = len(names), len(names) <= 20
+    figure = new_figure(*[max(7.5, count * (0.55 if numbered else 0.2))] * 2)
+    axes = sns.heatmap(
+        matrix / matrix.sum(1, keepdims=True).clip(1),
+        ax=figure.subplots(),
+        norm=PowerNorm(0.5, 0, 1),  # so that a few per cent show beside a diagonal of 90
+        cmap="Blues",
+        annot=np.where(matrix, matrix, "") if numbered else None,
+        fmt="",
+        square=True,
         xticklabels=names,
         yticklabels=names,
-        square=True,
-        cbar=False,
-        cmap="rocket_r",
+        cbar_kws={"label": "share of the true class's images", "shrink": 0.5},
     )
-    axes.set(xlabel="predicted", ylabel="true")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    if groups:
+        edges = np.linspace(0, count, len(groups) + 1)
+        axes.hlines(edges, 0, count, color="gray", linewidth=0.5)
+        axes.vlines(edges, 0, count, color="gray", linewidth=0.5)
+        middles = (edges[1:] + edges[:-1]) / 2
+        axes.secondary_yaxis("right").set_yticks(middles, groups)
+        axes.secondary_xaxis("top").set_xticks(middles, groups, rotation=60, ha="left")
+    return figure
+
+
+def draw_tiles(images: Tensor, captions: Sequence[str], columns: int, width: float) -> Figure:
+    """Images uint8 (N, 3, H, W), each width inches wide under its caption."""
+    rows, lines = -(-len(images) // columns), captions[0].count("\n") + 1
+    height = width * images.shape[2] / images.shape[3] + 0.19 * lines
+    figure = new_figure(width * columns, height * rows)
+    for position, (image, caption) in enumerate(zip(images, captions), start=1):
+        axes = figure.add_subplot(rows, columns, position)
+        axes.imshow(image.permute(1, 2, 0))
+        axes.set_title(caption, fontsize=9, loc="left")
+        axes.axis("off")
+    return figure
+
+
+def draw_mistakes(result: Result) -> Figure:
+    """The 24 mistakes of which the network was surest."""
+    surest = result.surest(result.predicted != result.labels, 24)
+    captions = [
+        f"true: {result.classes[result.labels[i]]}\npredicted: "
+        f"{result.classes[result.predicted[i]]}\nconfidence: {result.confidence[i]:.1%}"
+        for i in surest
+    ]
+    return draw_tiles(result.images[surest], captions, columns=6, width=2)
+
+
+def draw_pairs(result: Result, pairs: list[dict]) -> Figure:
+    """A row a pair: three images of each class outside, those taken for the other between them."""
+    strips, captions = [], []
+    for pair in pairs:
+        a, b = (result.classes.index(pair[key]) for key in ("true", "taken_for"))
+        for label, predicted in (a, a), (a, b), (b, a), (b, b):
+            which = (result.labels == label) & (result.predicted == predicted)
+            strip = torch.full((3, 32, 3 * 34), 255, dtype=torch.uint8)
+            for place, image in enumerate(result.images[result.surest(which, 3)]):
+                strip[:, :, 34 * place : 34 * place + 32] = image
+            strips.append(strip)
+            verdict = "recognised" if a == b else f"taken for {result.classes[predicted]}"
+            captions.append(f"{result.classes[label]} {verdict}: {which.sum()}")
+    return draw_tiles(torch.stack(strips), captions, columns=4, width=3)
+
+
+def draw_f1(f1: dict[str, float]) -> Figure:
+    """F1 of every class, the worst first, 25 in a column."""
+    names = sorted(f1, key=f1.get)
+    panels = [names[start : start + 25] for start in range(0, len(names), 25)]
+    figure = new_figure(max(6, 3.5 * len(panels)), 1 + 0.24 * len(panels[0]))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        bars = axes.barh(panel, [f1[name] for name in panel], color="steelblue")
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+        axes.set(xlabel="F1", xlim=(0, 1.15), ylim=(len(panels[0]) - 0.5, -0.5))
+        sns.despine(ax=axes)
+    return figure
+
+
+def draw_reliability(images: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Figure:
+    """Accuracy by confidence, against the diagonal, and the share of images in each bin."""
+    figure = new_figure(6, 7)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(images)
+    middles = width * (np.arange(len(images)) + 0.5)
+    upper.bar(middles, accuracy, width, color="steelblue", edgecolor="white", label="measured")
+    upper.plot([0, 1], [0, 1], "k--", label="calibrated: accuracy = confidence")
+    error = expected_calibration_error(images, accuracy, confidence)
+    upper.set(title=f"expected calibration error {error:.2%}", ylabel="accuracy", ylim=(0, 1))
+    upper.legend(loc="upper left")
+    lower.bar(middles, images / images.sum(), width, color="steelblue", edgecolor="white")
+    lower.set(xlabel="confidence: softmax of the predicted class", ylabel="share of images")
+    lower.set_xlim(0, 1)
+    return figure
+
+
+def read_history(path: Path, own: list[dict]) -> list[dict]:
+    """The history beside a checkpoint, longer than its own; its own where that is another run's."""
+    try:
+        with open(path, newline="") as file:
+            rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError):  # there is none, or a damaged one
+        return own
+    return rows if rows[: len(own)] == own else own
+
+
+def draw_curves(history: list[dict], watch: str) -> Figure:
+    """Loss and accuracy by epoch; the best epoch and the learning rate's steps are marked."""
+    epochs = [row["epoch"] for row in history]
+    rates = [row["learning_rate"] for row in history]
+    values = [row[f"val_{watch}"] for row in history]
+    best = values.index(max(values) if watch == "accuracy" else min(values))
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    for axes, name, unit in (left, "loss", "cross-entropy"), (right, "accuracy", "fraction"):
+        curves = [[row[f"{part}_{name}"] for row in history] for part in ("train", "val")]
+        axes.plot(epochs, curves[0], ".-", label="training, augmented and with dropout")
+        axes.plot(epochs, curves[1], ".-", label="validation")
+        label = f"best epoch by validation {watch}: {epochs[best]:.0f}"
+        axes.plot(epochs[best], curves[1][best], "*", ms=15, color="crimson", label=label)
+        for epoch, rate, before in zip(epochs, rates, [None, *rates]):
+            if rate != before:
+                axes.axvline(epoch - 0.5, color="gray", linestyle=":")
+                axes.annotate(
+                    f"lr {rate:.3g}", (epoch - 0.4, 1.02), xycoords=("data", "axes fraction")
+                )
+        axes.set(xlabel="epoch", ylabel=f"{name} ({unit})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -180,13 +451,45 @@ def open_window(path: Path) -> None:
     """Shows a picture until its window is closed; does nothing where there is no display."""
     try:
         figure = plt.figure(path.name, layout="constrained")
-    except ImportError as error:  # MPLBACKEND or matplotlibrc name one that cannot work here
+    except ImportError as error:  # MPLBACKEND or a matplotlibrc names what cannot work here
         return utils.say("note", f"no window: {error}")
-    if plt.get_backend().lower() != "agg":  # matplotlib's choice where there is no display
+    if plt.get_backend().lower() != "agg":  # which matplotlib chooses where there is no display
         axes = figure.add_subplot()
         axes.imshow(plt.imread(path))
         axes.axis("off")
         plt.show()
+
+
+# ---- the user's own pictures --------------------------------------------------------------------
+
+
+def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
+    """Pictures from files and folders, centre-cropped and reduced: uint8 (N, 3, 32, 32).
+
+    What is not a picture gets a line on stderr. Raises UserError if nothing else is there.
+    """
+    files, images = [], []
+    for path in map(Path, paths):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            try:
+                with Image.open(file) as image:
+                    upright = ImageOps.exif_transpose(image).convert("RGB")
+            except Exception as error:  # noqa: BLE001, of a dozen types, by what is wrong with it
+                print(f"skipped  {file}: {error}", file=sys.stderr)
+            else:
+                images.append(torch.from_numpy(np.array(ImageOps.fit(upright, (32, 32)))))
+                files.append(file)
+    if not files:
+        raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
+    return files, torch.stack(images).permute(0, 3, 1, 2)
+
+
+def describe_top5(probabilities: Tensor, classes: list[str]) -> list[str]:
+    """The five likeliest classes of each image, one a line."""
+    top = (x.tolist() for x in probabilities.topk(5))
+    return [
+        "\n".join(f"{100 * p:6.2f} %  {classes[i]}" for p, i in zip(*pair)) for pair in zip(*top)
+    ]
 
 
 if __name__ == "__main__":
