@@ -34,6 +34,7 @@ from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, PercentFormatter
 from PIL import Image, ImageOps
 from sklearn import metrics
 from torch import Tensor
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
             unlabelled = data.Images(view, torch.zeros(len(view))).to(device)
             loader = data.EvalLoader(unlabelled, batch_size, image_size)
             logits.append(resnet.predict(model, loader, dtype, progress=utils.on_terminal()))
+        if not all(view.isfinite().all() for view in logits):
+            raise utils.UserError(f"{path} gives predictions that are not finite: train it again")
         return torch.stack(logits).cpu()
 
     # The user's own pictures
@@ -107,9 +110,11 @@ def main(argv: list[str] | None = None) -> None:
         titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files, captions)][:24]
         picture = folder / "predictions.png"
         with writing(folder):
-            draw_tiles(images[:24], titles, columns=4, width=2.5).savefig(picture, dpi=150)
+            save_picture(draw_tiles(images[:24], titles, columns=4, width=2.5), picture)
         utils.say("results", f"{picture}: the first {len(titles)} as the network sees them")
-        return open_window(picture) if args.show else None
+        if args.show:
+            open_window(picture)
+        return
 
     # The test images
     if dataset == "cifar100":
@@ -129,9 +134,10 @@ def main(argv: list[str] | None = None) -> None:
     f1 = {name: report[name]["f1-score"] for name in classes}
     bins = calibration_bins(confidence, predicted == result.labels)
     pairs = find_confused_pairs(matrix, classes)
+    superclasses = list(data.SUPERCLASSES) if dataset == "cifar100" else []
     numbers = score(views.mean(0), test.labels) | {
         "macro_f1": report["macro avg"]["f1-score"],
-        "expected_calibration_error": expected_calibration_error(*bins),
+        "expected_calibration_error": expected_calibration_error(bins),
         "intervals_95": bootstrap_intervals(matrix),
         "most_confused": pairs[:10],
         "images": len(predicted),
@@ -140,46 +146,38 @@ def main(argv: list[str] | None = None) -> None:
         "checkpoint": str(path),
         **{name: checkpoint[name] for name in ("epoch", "dataset", "precision")},
     }
+    if superclasses:
+        coarse_matrix = count_superclasses(result)
+        numbers["superclass_accuracy"] = coarse_matrix.trace() / len(predicted)
     if args.tta:
         numbers["without_tta"] = score(views[0], test.labels)
-    superclasses, order = [], np.arange(len(classes))
-    if dataset == "cifar100":
-        superclasses, coarse = list(data.SUPERCLASSES), superclass_numbers(classes)
-        coarse_matrix = metrics.confusion_matrix(coarse[result.labels], coarse[predicted])
-        order = np.argsort(coarse, kind="stable")
-        numbers["superclass_accuracy"] = coarse_matrix.trace() / len(predicted)
     print_numbers(numbers, text, f1)
 
     # Files
     curve = read_history(path.with_name("history.csv"), history)
-    names, ordered = [classes[i] for i in order], matrix[order][:, order]
     pictures = {
-        "confusion_matrix.png": draw_matrix(ordered, names, superclasses),
-        "superclass_confusion_matrix.png": superclasses
-        and draw_matrix(coarse_matrix, superclasses),
-        "most_confused.png": pairs and draw_pairs(result, pairs[:8]),
-        "mistakes.png": pairs and draw_mistakes(result),
-        "per_class.png": draw_f1(f1),
-        "reliability.png": draw_reliability(*bins),
-        "training_curves.png": curve and draw_curves(curve, watch),
+        "confusion_matrix": draw_matrix(matrix, classes, superclasses),
+        "superclass_confusion_matrix": superclasses and draw_matrix(coarse_matrix, superclasses),
+        "most_confused": pairs and draw_pairs(result, pairs[:8]),
+        "mistakes": pairs and draw_mistakes(result),
+        "per_class": draw_f1(f1),
+        "reliability": draw_reliability(bins),
+        "training_curves": curve and draw_curves(curve, watch),
     }
     with writing(folder):
         (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
         (folder / "classification_report.txt").write_text(text)
-        fields = ["precision", "recall", "f1-score", "support"]
-        rows = [[name, *(report[name][field] for field in fields)] for name in classes]
-        write_csv(folder / "classification_report.csv", ["class", *fields], rows)
+        rows = [[name, *row.values()] for name, row in report.items() if name != "accuracy"]
+        write_csv(folder / "classification_report.csv", ["class", *report["macro avg"]], rows)
         rows = [[name, *counts] for name, counts in zip(classes, matrix)]
         write_csv(folder / "confusion_matrix.csv", ["true/predicted", *classes], rows)
         rows = zip(range(len(predicted)), result.labels, predicted, confidence)
         header = ["index", "label", "predicted", "confidence"]
         write_csv(folder / "predictions.csv", header, rows)
         for name, figure in pictures.items():
-            (folder / name).unlink(missing_ok=True)  # an earlier network's
-            if figure:
-                figure.savefig(folder / name, dpi=150)
+            save_picture(figure, folder / f"{name}.png")
     if missing := [name for name, figure in pictures.items() if not figure]:
-        utils.say("note", f"nothing to draw for {', '.join(missing)}")
+        utils.say("note", f"nothing to draw in {', '.join(missing)}.png")
     utils.say("results", str(folder))
     if args.show:
         open_window(folder / "confusion_matrix.png")
@@ -192,7 +190,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise utils.UserError(
-            f"{folder} cannot be written: {error.strerror}. Choose another --results-dir"
+            f"{folder} cannot be written: {error.strerror or error}. Choose another --results-dir"
         ) from error
 
 
@@ -231,6 +229,13 @@ def superclass_numbers(classes: list[str]) -> np.ndarray:
     return np.array([[name in group for group in groups].index(True) for name in classes])
 
 
+def count_superclasses(result: Result) -> np.ndarray:
+    """Confusion matrix (20, 20) of the superclasses."""
+    coarse = superclass_numbers(result.classes)
+    numbers = range(len(data.SUPERCLASSES))
+    return metrics.confusion_matrix(coarse[result.labels], coarse[result.predicted], labels=numbers)
+
+
 def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
     """Classes taken for each other, most mistakes of both ways first; the commoner way is named."""
     pairs = [
@@ -242,20 +247,17 @@ def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
     return sorted(pairs, key=lambda pair: -pair["images"] - pair["other_way"])
 
 
-def calibration_bins(
-    confidence: np.ndarray, correct: np.ndarray, count: int = 15
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, accuracy and mean confidence in each bin (0, 1/count], ..., (1 - 1/count, 1]."""
+def calibration_bins(confidence: np.ndarray, correct: np.ndarray, count: int = 15) -> np.ndarray:
+    """Images, accuracy, mean confidence (3, count) in the bins (0, 1/count], (1/count, 2/count]..."""
     numbers = np.ceil(confidence * count).astype(int).clip(1, count) - 1
     images = np.bincount(numbers, minlength=count)
-    sums = (np.bincount(numbers, weights, count) for weights in (correct, confidence))
-    return images, *(values / images.clip(1) for values in sums)
+    means = [np.bincount(numbers, x, count) / images.clip(1) for x in (correct, confidence)]
+    return np.stack([images, *means])
 
 
-def expected_calibration_error(
-    images: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray
-) -> float:
+def expected_calibration_error(bins: np.ndarray) -> float:
     """Mean over images of their bin's |accuracy - confidence|: Guo et al. 2017, equation 3."""
+    images, accuracy, confidence = bins
     return float(np.average(np.abs(accuracy - confidence), weights=images))
 
 
@@ -314,22 +316,28 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def save_picture(figure: Figure | None, path: Path) -> None:
+    """Writes a figure without its margins; removes what an earlier evaluation left if it is None."""
+    path.unlink(missing_ok=True)
+    if figure:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
-    """Confusion matrix, rows true; groups name equal runs of consecutive classes."""
+    """Confusion matrix, rows true, columns predicted; classes by superclass if groups names them."""
     count, numbered = len(names), len(names) <= 20
-    figure = new_figure(*[max(7.5, count * (0.55 if numbered else 0.2))] * 2)
-    axes = sns.heatmap(
-        matrix / matrix.sum(1, keepdims=True).clip(1),
-        ax=figure.subplots(),
-        norm=PowerNorm(0.5, 0, 1),  # so that a few per cent show beside a diagonal of 90
-        cmap="Blues",
-        annot=np.where(matrix, matrix, "") if numbered else None,
-        fmt="",
-        square=True,
-        xticklabels=names,
-        yticklabels=names,
-        cbar_kws={"label": "share of the true class's images", "shrink": 0.5},
-    )
+    if groups:
+        order = np.argsort(superclass_numbers(names), kind="stable")
+        matrix, names = matrix[order][:, order], [names[i] for i in order]
+    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
+    label = "share of the true class's images" + "; numbers: images" * numbered
+    style = {"xticklabels": names, "yticklabels": names, "square": True, "cmap": "Blues", "fmt": ""}
+    style["norm"] = PowerNorm(0.5, 0, 1)  # so that a few per cent show beside a diagonal of 90
+    style["annot"] = np.where(matrix, matrix, "") if numbered else None
+    style["cbar_kws"] = {"label": label, "shrink": 0.5, "pad": 0.02}
+    figure = new_figure(*[max(7, count * (0.55 if numbered else 0.2))] * 2)
+    axes = sns.heatmap(shares, ax=figure.subplots(), **style)
+    axes.tick_params("y", rotation=0)
     axes.set(xlabel="predicted class", ylabel="true class")
     if groups:
         edges = np.linspace(0, count, len(groups) + 1)
@@ -357,9 +365,9 @@ def draw_tiles(images: Tensor, captions: Sequence[str], columns: int, width: flo
 def draw_mistakes(result: Result) -> Figure:
     """The 24 mistakes of which the network was surest."""
     surest = result.surest(result.predicted != result.labels, 24)
+    names, sure = result.classes, 100 * result.confidence
     captions = [
-        f"true: {result.classes[result.labels[i]]}\npredicted: "
-        f"{result.classes[result.predicted[i]]}\nconfidence: {result.confidence[i]:.1%}"
+        f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n{sure[i]:.2f} %"
         for i in surest
     ]
     return draw_tiles(result.images[surest], captions, columns=6, width=2)
@@ -367,17 +375,17 @@ def draw_mistakes(result: Result) -> Figure:
 
 def draw_pairs(result: Result, pairs: list[dict]) -> Figure:
     """A row a pair: three images of each class outside, those taken for the other between them."""
-    strips, captions = [], []
+    names, strips, captions = result.classes, [], []
     for pair in pairs:
-        a, b = (result.classes.index(pair[key]) for key in ("true", "taken_for"))
+        a, b = names.index(pair["true"]), names.index(pair["taken_for"])
         for label, predicted in (a, a), (a, b), (b, a), (b, b):
             which = (result.labels == label) & (result.predicted == predicted)
             strip = torch.full((3, 32, 3 * 34), 255, dtype=torch.uint8)
             for place, image in enumerate(result.images[result.surest(which, 3)]):
                 strip[:, :, 34 * place : 34 * place + 32] = image
             strips.append(strip)
-            verdict = "recognised" if a == b else f"taken for {result.classes[predicted]}"
-            captions.append(f"{result.classes[label]} {verdict}: {which.sum()}")
+            mistake = f"taken for {names[predicted]}" if label != predicted else "recognised"
+            captions.append(f"{names[label]} {mistake}: {which.sum()}")
     return draw_tiles(torch.stack(strips), captions, columns=4, width=3)
 
 
@@ -394,20 +402,22 @@ def draw_f1(f1: dict[str, float]) -> Figure:
     return figure
 
 
-def draw_reliability(images: np.ndarray, accuracy: np.ndarray, confidence: np.ndarray) -> Figure:
+def draw_reliability(bins: np.ndarray) -> Figure:
     """Accuracy by confidence, against the diagonal, and the share of images in each bin."""
-    figure = new_figure(6, 7)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    images, accuracy, _ = bins
     width = 1 / len(images)
     middles = width * (np.arange(len(images)) + 0.5)
-    upper.bar(middles, accuracy, width, color="steelblue", edgecolor="white", label="measured")
+    style = {"width": width, "color": "steelblue", "edgecolor": "white"}
+    figure = new_figure(6, 7)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    upper.bar(middles, accuracy, label="measured", **style)
     upper.plot([0, 1], [0, 1], "k--", label="calibrated: accuracy = confidence")
-    error = expected_calibration_error(images, accuracy, confidence)
-    upper.set(title=f"expected calibration error {error:.2%}", ylabel="accuracy", ylim=(0, 1))
-    upper.legend(loc="upper left")
-    lower.bar(middles, images / images.sum(), width, color="steelblue", edgecolor="white")
+    error = 100 * expected_calibration_error(bins)
+    upper.set(title=f"expected calibration error {error:.2f} %", ylabel="accuracy", ylim=(0, 1))
+    lower.bar(middles, images / images.sum(), **style)
     lower.set(xlabel="confidence: softmax of the predicted class", ylabel="share of images")
     lower.set_xlim(0, 1)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -423,26 +433,31 @@ def read_history(path: Path, own: list[dict]) -> list[dict]:
 
 def draw_curves(history: list[dict], watch: str) -> Figure:
     """Loss and accuracy by epoch; the best epoch and the learning rate's steps are marked."""
-    epochs = [row["epoch"] for row in history]
-    rates = [row["learning_rate"] for row in history]
-    values = [row[f"val_{watch}"] for row in history]
-    best = values.index(max(values) if watch == "accuracy" else min(values))
+    column = {name: [row[name] for row in history] for name in history[0]}
+    epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
+    best = watched.index(max(watched) if watch == "accuracy" else min(watched))
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
-    for axes, name, unit in (left, "loss", "cross-entropy"), (right, "accuracy", "fraction"):
-        curves = [[row[f"{part}_{name}"] for row in history] for part in ("train", "val")]
-        axes.plot(epochs, curves[0], ".-", label="training, augmented and with dropout")
-        axes.plot(epochs, curves[1], ".-", label="validation")
-        label = f"best epoch by validation {watch}: {epochs[best]:.0f}"
-        axes.plot(epochs[best], curves[1][best], "*", ms=15, color="crimson", label=label)
+    for axes, name in (left, "loss"), (right, "accuracy"):
+        axes.plot(epochs, column[f"train_{name}"], ".-", label="training, augmented, with dropout")
+        axes.plot(epochs, column[f"val_{name}"], ".-", label="validation")
+        place, label = (
+            (epochs[best], column[f"val_{name}"][best]),
+            f"best epoch: {epochs[best]:.0f}",
+        )
+        axes.plot(*place, "*", markersize=15, color="crimson", label=label)
         for epoch, rate, before in zip(epochs, rates, [None, *rates]):
             if rate != before:
                 axes.axvline(epoch - 0.5, color="gray", linestyle=":")
                 axes.annotate(
-                    f"lr {rate:.3g}", (epoch - 0.4, 1.02), xycoords=("data", "axes fraction")
+                    f"lr {rate:.3g}", (epoch - 0.5, 1.02), xycoords=axes.get_xaxis_transform()
                 )
-        axes.set(xlabel="epoch", ylabel=f"{name} ({unit})")
+        axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
+    left.set(ylabel="loss (cross-entropy, nats)", yscale="log")
+    left.yaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())
+    right.set_ylabel("accuracy")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
