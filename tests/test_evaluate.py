@@ -1,0 +1,330 @@
+"""evaluate.py: its numbers by hand or by other sources, its pictures, and the script end to end."""
+
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from PIL import Image
+from sklearn.metrics import f1_score
+
+import data
+import evaluate
+import model as resnet
+import train
+import utils
+
+ROOT = Path(__file__).parent.parent
+OFFICIAL = ROOT / "data" / "cifar-100-python"
+
+TABLES = {"metrics.json", "confusion_matrix.csv", "predictions.csv"}
+TABLES |= {"classification_report.txt", "classification_report.csv"}
+PICTURES = {"confusion_matrix.png", "most_confused.png", "mistakes.png"}
+PICTURES |= {"per_class.png", "reliability.png", "training_curves.png"}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A network trained on 50 digits for one epoch: poor, but real."""
+    folder = tmp_path_factory.mktemp("digits")
+    flags = ["--demo", "--epochs", "1", "--train-per-class", "5", "--checkpoint-dir", str(folder)]
+    train.main(flags)
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def results(checkpoint, tmp_path_factory):
+    """The results folder of that network's evaluation."""
+    return run_main(checkpoint, tmp_path_factory.mktemp("results"))
+
+
+def run_main(checkpoint, folder, *flags):
+    evaluate.main(["--checkpoint", str(checkpoint), "--results-dir", str(folder), *map(str, flags)])
+    return folder
+
+
+def run_script(*flags, **environment):
+    """python evaluate.py as a user runs it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "evaluate.py", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def read_metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def as_result(labels, predicted, classes):
+    nothing = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
+    labels, predicted = np.array(labels), np.array(predicted)
+    return evaluate.Result(nothing, labels, predicted, np.ones(len(labels)), classes)
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def test_report_names_an_absent_class_and_agrees_with_hand_worked_numbers():
+    text, report = evaluate.report_classes(as_result([0, 0, 0, 2], [0, 0, 2, 2], ["a", "b", "c"]))
+    assert report["a"] == {"precision": 1, "recall": 2 / 3, "f1-score": 0.8, "support": 3}
+    assert report["b"] == {"precision": 0, "recall": 0, "f1-score": 0, "support": 0}
+    assert report["c"] == pytest.approx(
+        {"precision": 1 / 2, "recall": 1, "f1-score": 2 / 3, "support": 1}
+    )
+    assert report["macro avg"]["f1-score"] == pytest.approx((0.8 + 0 + 2 / 3) / 3)
+    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["a", "b", "c"]
+
+
+def test_confused_pairs_add_up_both_ways_and_name_the_commoner():
+    matrix = np.array([[5, 1, 0], [3, 5, 2], [0, 2, 5]])
+    assert evaluate.find_confused_pairs(matrix, ["a", "b", "c"]) == [
+        {"true": "b", "taken_for": "a", "images": 3, "other_way": 1},
+        {"true": "b", "taken_for": "c", "images": 2, "other_way": 2},
+    ]
+    assert evaluate.find_confused_pairs(np.diag([3, 4]), ["a", "b"]) == []
+
+
+def test_calibration_error_of_a_hand_worked_case():
+    # Four at 0.95, three right: a gap of 0.2 for 4/5 of the images; one right at 0.55: 0.45.
+    confidence, correct = np.array([0.95] * 4 + [0.55]), np.array([True, True, True, False, True])
+    bins = evaluate.calibration_bins(confidence, correct)
+    assert evaluate.expected_calibration_error(bins) == pytest.approx(0.8 * 0.2 + 0.2 * 0.45)
+
+
+def test_calibration_bins_hold_their_upper_edge():
+    images, _, _ = evaluate.calibration_bins(np.array([0.0, 0.2, 0.21, 1.0]), np.ones(4))
+    assert np.flatnonzero(images).tolist() == [0, 2, 3, 14]  # 0.2 is the third of 15 bins' end
+
+
+def test_interval_of_accuracy_agrees_with_the_normal_approximation():
+    matrix = np.array([[4000, 1000], [1000, 4000]])
+    low, high = evaluate.bootstrap_intervals(matrix)["top1_accuracy"]
+    sigma = (0.8 * 0.2 / 10_000) ** 0.5
+    assert (low, high) == pytest.approx((0.8 - 1.96 * sigma, 0.8 + 1.96 * sigma), abs=0.0008)
+
+
+def test_interval_of_macro_f1_agrees_with_resampled_images():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(3, size=300)
+    predicted = np.where(rng.random(300) < 0.7, labels, rng.integers(3, size=300))
+    matrix = np.zeros((3, 3), int)
+    np.add.at(matrix, (labels, predicted), 1)
+    draws = (rng.integers(300, size=300) for _ in range(1000))
+    naive = [f1_score(labels[draw], predicted[draw], average="macro") for draw in draws]
+    assert evaluate.bootstrap_intervals(matrix)["macro_f1"] == pytest.approx(
+        np.percentile(naive, [2.5, 97.5]), abs=0.012
+    )
+
+
+def test_superclass_matrix_agrees_with_the_official_coarse_labels():
+    if not (OFFICIAL / "test").exists():
+        pytest.skip("the official CIFAR-100 files are not in data/cifar-100-python")
+    with open(OFFICIAL / "test", "rb") as file:
+        official = pickle.load(file, encoding="latin1")
+    fine, coarse = np.array(official["fine_labels"]), np.array(official["coarse_labels"])
+    expected = np.zeros((20, 20), int)
+    np.add.at(expected, (coarse, np.roll(coarse, 1)), 1)  # each predicted as its neighbour is
+    result = as_result(fine, np.roll(fine, 1), data.CLASSES)
+    assert (evaluate.count_superclasses(result) == expected).all()
+
+
+# ---- the script ---------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_training_log(checkpoint, results):
+    with open(checkpoint.with_name("history.csv")) as file:
+        (epoch,) = csv.DictReader(file)
+    metrics = read_metrics(results)
+    assert metrics["loss"] == pytest.approx(float(epoch["val_loss"]), rel=1e-6)
+    assert metrics["top1_accuracy"] == float(epoch["val_accuracy"])
+    assert (metrics["images"], metrics["epoch"], metrics["dataset"]) == (360, 1, "digits")
+
+
+def test_predictions_recompute_top1_and_the_matrix_with_the_official_labels(results):
+    official = data.read_digits()[1].labels.tolist()
+    _, *rows = read_csv(results / "predictions.csv")
+    assert [int(index) for index, *_ in rows] == list(range(360))
+    assert [int(label) for _, label, *_ in rows] == official
+    predicted = [int(row[2]) for row in rows]
+    hits = sum(guess == label for guess, label in zip(predicted, official))
+    assert hits / 360 == read_metrics(results)["top1_accuracy"]
+
+    header, *counts = read_csv(results / "confusion_matrix.csv")
+    assert header[1:] == [name for name, *_ in counts] == list("0123456789")
+    pairs = list(zip(official, predicted))
+    for label, (_, *row) in enumerate(counts):
+        assert [int(cell) for cell in row] == [pairs.count((label, guess)) for guess in range(10)]
+
+
+def test_every_file_is_written_and_every_picture_opens(results):
+    assert {path.name for path in results.iterdir()} == TABLES | PICTURES
+    for name in PICTURES:
+        with Image.open(results / name) as picture:
+            picture.load()
+            assert min(picture.size) > 250, name
+
+
+def test_superclasses_of_digits_are_left_out_in_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "superclass_confusion_matrix.png").write_text("an earlier network's")
+    run_main(checkpoint, tmp_path)
+    assert "nothing to draw in superclass_confusion_matrix.png\n" in capsys.readouterr().out
+    assert not (tmp_path / "superclass_confusion_matrix.png").exists()
+
+
+def test_it_says_whether_the_test_images_chose_the_checkpoint(checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint)
+    for holdout, words in (0, "also chose the checkpoint"), (5, "took no part in training"):
+        state["constants"]["holdout_per_class"] = holdout
+        utils.save_checkpoint(tmp_path / "copy.pt", state)
+        metrics = read_metrics(run_main(tmp_path / "copy.pt", tmp_path))
+        assert words in capsys.readouterr().out
+        assert metrics["test_images_chose_checkpoint"] is (holdout == 0)
+
+
+def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, tmp_path, capsys):
+    metrics = read_metrics(run_main(checkpoint, tmp_path, "--tta"))
+    plain = read_metrics(results)
+    assert metrics["without_tta"]["top1_accuracy"] == plain["top1_accuracy"]
+    assert f"{100 * plain['top1_accuracy']:.2f} %" in capsys.readouterr().out
+
+    state, (_, test, _) = torch.load(checkpoint), data.read_digits()
+    model = resnet.build_model(10).to(memory_format=torch.channels_last)
+    model.load_state_dict(state["model"])
+    logits = sum(
+        resnet.predict(model, data.EvalLoader(view, 64, 32), utils.DTYPES[state["precision"]])
+        for view in (test, data.Images(test.images.flip(3), test.labels))
+    )
+    expected = (logits.argmax(1) == test.labels).float().mean().item()
+    assert metrics["top1_accuracy"] == pytest.approx(expected)
+
+
+def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_path):
+    longer = [{"epoch": epoch, "val_loss": 1 / epoch} for epoch in (1, 2, 3)]
+    utils.write_history(tmp_path / "history.csv", longer)
+    assert evaluate.read_history(tmp_path / "history.csv", longer[:2]) == longer
+    other = [{"epoch": 1, "val_loss": 0.7}]
+    assert evaluate.read_history(tmp_path / "history.csv", other) == other
+    (tmp_path / "history.csv").write_text("epoch,val_loss\n1,half\n")
+    assert evaluate.read_history(tmp_path / "history.csv", other) == other
+    assert evaluate.read_history(tmp_path / "none.csv", other) == other
+
+
+def test_missing_checkpoint_is_one_message(tmp_path):
+    run = run_script("--checkpoint", tmp_path / "none.pt", "--results-dir", tmp_path / "results")
+    assert run.returncode == 1
+    assert run.stderr == f"{tmp_path / 'none.pt'} not found. Train one with: python train.py\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_results_folder_that_cannot_be_written_is_one_message(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UserError, match="file/results cannot be written: Not a directory"):
+        run_main(checkpoint, tmp_path / "file" / "results")
+
+
+def test_a_checkpoint_of_another_network_is_one_message(checkpoint, tmp_path):
+    state = torch.load(checkpoint)
+    state["classes"] = ["only", "two"]
+    utils.save_checkpoint(tmp_path / "other.pt", state)
+    with pytest.raises(utils.UserError, match="other.pt does not fit this program: size mismatch"):
+        run_main(tmp_path / "other.pt", tmp_path)
+
+
+# ---- the user's own pictures --------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with the first test digit as a PNG and a text file, and a broken JPEG beside it."""
+    digit = data.read_digits()[1].images[0].permute(1, 2, 0).numpy()
+    (tmp_path / "folder").mkdir()
+    Image.fromarray(digit).save(tmp_path / "folder" / "digit.png")
+    (tmp_path / "folder" / "notes.txt").write_text("no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
+    return tmp_path
+
+
+def test_a_picture_is_classified_as_the_evaluation_does(checkpoint, results, pictures, capsys):
+    flags = ["--images", pictures / "folder", pictures / "broken.jpg"]
+    run_main(checkpoint, pictures / "results", *flags)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    top5 = lines[lines.index(str(pictures / "folder" / "digit.png")) + 1 :][:5]
+    _, _, predicted, confidence = read_csv(results / "predictions.csv")[1]
+    share, _, name = top5[0].split()
+    assert name == predicted
+    assert float(share) == pytest.approx(100 * float(confidence), abs=1)  # bf16, another batch
+    shares = [float(line.split()[0]) for line in top5]
+    assert shares == sorted(shares, reverse=True)
+    assert [line.split(": ")[0] for line in err.splitlines()] == [
+        f"skipped  {pictures / 'folder' / 'notes.txt'}",
+        f"skipped  {pictures / 'broken.jpg'}",
+    ]
+    with Image.open(pictures / "results" / "predictions.png") as picture:
+        assert min(picture.size) > 250
+
+
+def test_no_picture_at_all_is_one_message(checkpoint, pictures):
+    with pytest.raises(utils.UserError, match="No picture among .*broken.jpg"):
+        run_main(checkpoint, pictures / "results", "--images", pictures / "broken.jpg")
+
+
+def test_a_photo_is_cropped_to_its_centre(tmp_path):
+    stripes = np.zeros((64, 192, 3), np.uint8)
+    for channel in range(3):
+        stripes[:, 64 * channel : 64 * (channel + 1), channel] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    _, images = evaluate.read_pictures([str(tmp_path / "stripes.png")])
+    assert images.shape == (1, 3, 32, 32)
+    assert images[0].float().mean((1, 2)).tolist() == [0, 255, 0]  # the green third alone
+
+
+# ---- windows ------------------------------------------------------------------------------------
+
+
+def test_a_window_opens_where_there_is_a_display_unless_no_show(
+    checkpoint, pictures, monkeypatch, capsys
+):
+    (pictures / "recorder.py").write_text(
+        "from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvas\n"
+        "def show(*args, **kwargs): print('a window opens')\n"
+    )
+    monkeypatch.syspath_prepend(pictures)
+    flags = [checkpoint, pictures / "results", "--images", pictures / "folder"]
+    plt.switch_backend("module://recorder")
+    try:
+        run_main(*flags)
+        assert "a window opens" in capsys.readouterr().out
+        run_main(*flags, "--no-show")
+        assert "a window opens" not in capsys.readouterr().out
+    finally:
+        plt.switch_backend("agg")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
+def test_no_window_is_tried_without_a_display(checkpoint, pictures):
+    flags = ["--checkpoint", checkpoint, "--results-dir", pictures / "results"]
+    run = run_script(
+        *flags, "--images", pictures / "folder", DISPLAY="", WAYLAND_DISPLAY="", MPLBACKEND="tkagg"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "note     no window" in run.stdout
+    assert (pictures / "results" / "predictions.png").exists()
