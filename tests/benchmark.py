@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -66,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     device = complete(args)
     images, source = read_images(args.data_dir)
     about = describe(args, device, source)
-    utils.say("device", about["device"])
-    utils.say("versions", ", ".join(f"{name} {text}" for name, text in about["versions"].items()))
-    utils.say("data", source)
-    utils.say("sizes", ", ".join(f"{name} {value}" for name, value in about["sizes"].items()))
+    for label, value in about.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {part}" for name, part in value.items())
+        utils.say(label, value)
 
     variants = {
         "ours": train_ours(args, device, images),
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.compile:
         variants["compiled"] = train_ours(args, device, images, compile_it=True)
-    with tempfile.TemporaryDirectory() as cache:  # empty: a first compilation is measured
+    # An empty cache: what is measured is a first compilation.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         measured = take_turns(args, device, variants)
 
@@ -127,14 +129,10 @@ def train_ours(
     compile_it: bool = False,
 ) -> Iterator[float]:
     """This project's training, or with OneBatch its ceiling: the timed epoch counts as a whole."""
-    run = start_run(args, device)
-    network, images = train.wrap(run.model, compile_it), images.to(device)
+    run, images = start_run(args, device), images.to(device)
+    network = train.wrap(run.model, compile_it)
     loaders = [kind(images, args, steps) for steps in (args.warmup_steps, args.steps)]
-    while True:
-        for loader in loaders:
-            start = time.perf_counter()
-            train_epoch(args, network, loader, run)
-        yield args.steps * args.batch_size / (time.perf_counter() - start)
+    yield from time_loaders(loaders, device, lambda loader: train_epoch(args, network, loader, run))
 
 
 def train_classic(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
@@ -182,30 +180,21 @@ def train_careful(args: Namespace, device: torch.device, images: data.Images) ->
 
 def evaluate(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
     """This project's evaluation: resize, normalise, forward pass."""
-    model = start_run(args, device).model
-    dtype, count = utils.DTYPES[args.precision], args.steps * args.batch_size
-    loaders = [
-        data.EvalLoader(images.select(torch.arange(n)).to(device), args.batch_size, args.image_size)
-        for n in (args.batch_size, count)
-    ]
-    while True:
-        for loader in loaders:
-            start = time.perf_counter()
-            resnet.predict(model, loader, dtype).sum().item()  # waits for the device
-        yield count / (time.perf_counter() - start)
+    model, dtype, size = (
+        start_run(args, device).model,
+        utils.DTYPES[args.precision],
+        args.batch_size,
+    )
+    parts = [images.select(torch.arange(size * steps)).to(device) for steps in (1, args.steps)]
+    loaders = [data.EvalLoader(part, size, args.image_size) for part in parts]
+    yield from time_loaders(loaders, device, lambda loader: resnet.predict(model, loader, dtype))
 
 
 def augment(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
     """This project's augmentation, resize included, a batch at a time."""
     images = images.to(device)
     loaders = [ShortLoader(images, args, steps) for steps in (args.warmup_steps, args.steps)]
-    while True:
-        for loader in loaders:
-            start = time.perf_counter()
-            for _ in loader.epoch(0):
-                pass
-            synchronize(device)
-        yield args.steps * args.batch_size / (time.perf_counter() - start)
+    yield from time_loaders(loaders, device, lambda loader: deque(loader.epoch(0), maxlen=0))
 
 
 def augment_with_torchvision(args: Namespace, images: data.Images) -> Iterator[float]:
@@ -273,6 +262,17 @@ def make_dataloader(args: Namespace, images: data.Images, **options: bool) -> Da
     return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=workers, **options)
 
 
+def time_loaders(loaders: list, device: torch.device, use: Callable) -> Iterator[float]:
+    """Uses a loader to warm up, then another, in images/s: an epoch with all that belongs to it."""
+    while True:
+        for loader in loaders:
+            synchronize(device)
+            start = time.perf_counter()
+            use(loader)
+            synchronize(device)
+        yield len(loader) * loader.batch_size / (time.perf_counter() - start)
+
+
 def time_steps(
     loader: DataLoader, args: Namespace, device: torch.device, seconds: list[float]
 ) -> Iterator[list[Tensor]]:
@@ -302,12 +302,11 @@ def synchronize(device: torch.device) -> None:
 
 def complete(args: Namespace) -> torch.device:
     """Fills in what is left to the device and the constants of train.py; returns the device."""
-    limit = 50_000  # training images
     for name, low, high in [
-        ("batch_size", 0, limit),
+        ("batch_size", 0, 50_000),
         ("image_size", 32, 1024),
-        ("steps", 0, limit),
-        ("warmup_steps", 0, limit),
+        ("steps", 0, 50_000),
+        ("warmup_steps", 0, 50_000),
         ("repeats", 1, 1000),
     ]:
         value = getattr(args, name)
@@ -316,13 +315,11 @@ def complete(args: Namespace) -> torch.device:
     on_cpu = device.type == "cpu"
     args.precision = utils.choose_precision(args.precision, device)
     args.batch_size = args.batch_size or (16 if on_cpu else 128)
-    most = limit // args.batch_size  # steps in an epoch
-    args.steps = min(args.steps or (8 if on_cpu else 50), most)
-    args.warmup_steps = min(args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count()), most)
+    epoch = 50_000 // args.batch_size  # a turn is no longer than that
+    args.steps = min(args.steps or (8 if on_cpu else 50), epoch)
+    args.warmup_steps = min(args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count()), epoch)
     constants, _ = utils.parse_flags(train.__file__, [], "")
-    for name, value in vars(constants).items():
-        if name not in args:
-            setattr(args, name, value)
+    vars(args).update(vars(constants) | vars(args))
     return device
 
 
@@ -368,9 +365,8 @@ def take_turns(args: Namespace, device: torch.device, variants: dict[str, Iterat
     names, on_gpu = list(variants), device.type == "cuda"
     rates = {name: [] for name in names}
     first_seconds, peak_memory, held = {}, {}, dict.fromkeys(names, 0)
-    bar = tqdm(total=args.repeats * (len(names) + 1), leave=False, disable=not utils.on_terminal())
-    starts = []
-    with bar:
+    starts, turns = [], args.repeats * (len(names) + 1)
+    with tqdm(total=turns, unit="turn", leave=False, disable=not utils.on_terminal()) as bar:
         for _ in range(args.repeats):  # first, while the device's memory is free
             bar.set_description("start")
             starts.append(measure_start(args))
@@ -400,21 +396,18 @@ def measure_start(args: Namespace) -> dict[str, float]:
     """Seconds of each part from a fresh Python to the end of the first step, without downloads."""
     code = """if True:
         import sys, time
-        times = [time.time()]
-        import torch
-        times.append(time.time())
-        import torchvision
-        times.append(time.time())
         sys.path.insert(0, sys.argv[1])
-        import benchmark
-        times.append(time.time())
-        benchmark.take_first_step(sys.argv[2], times)"""
+        times = [time.time()]
+        for module in ("torch", "torchvision", "benchmark"):
+            __import__(module)
+            times.append(time.time())
+        sys.modules["benchmark"].take_first_step(sys.argv[2], times)"""
     command = [sys.executable, "-c", code, str(Path(__file__).parent), json.dumps(vars(args))]
     start = time.time()
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     times = [start, *json.loads(output)]
     parts = ("python", "torch", "torchvision", "other imports", "device", "data", "model", "step")
-    return {part: times[i + 1] - times[i] for i, part in enumerate(parts)}
+    return {part: after - before for part, before, after in zip(parts, times, times[1:])}
 
 
 def take_first_step(settings: str, times: list[float]) -> None:
