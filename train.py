@@ -115,10 +115,15 @@ def main(argv: list[str] | None = None) -> None:
     # Data, model, and what trains it
     dataset = "digits" if args.demo else "cifar100"
     train_loader, val_loader, classes = make_loaders(dataset, args, processes, device)
-    run = make_run(args, len(classes), device, precision, "" if checkpoint else args.weights)
-    dtype = utils.DTYPES[precision]
+    torch.manual_seed(data.mix_seed(args.seed))  # for the head
+    model = resnet.build_model(len(classes), "" if checkpoint else args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = args.weights or "random weights"
+    utils.say("model", f"ResNet-50 from {source}, {parameters:,} parameters")
+    run, dtype = make_run(args, model, precision), utils.DTYPES[precision]
     if device.type == "cpu":
-        estimate_epoch(run.model, train_loader, val_loader, dtype)
+        estimate_epoch(model, train_loader, val_loader, dtype)
 
     # From where last.pt stands, or from the beginning
     about = {"constants": vars(args), "precision": precision, "dataset": dataset}
@@ -133,13 +138,13 @@ def main(argv: list[str] | None = None) -> None:
 
     def what_is_safe() -> str:
         flags = [flag for flag in argv or sys.argv[1:] if flag != "--resume"]
-        start = "torchrun ..." if processes.launcher else "python"
-        command = f"{start} {shlex.join(['train.py', *flags, '--resume'])}"
+        launcher = "torchrun ..." if processes.launcher else "python"
+        command = f"{launcher} {shlex.join(['train.py', *flags, '--resume'])}"
         return f"epoch {saved_epochs} is safe in {folder / 'last.pt'}; to continue: {command}"
 
     size = f"--batch-size {args.batch_size} and --image-size {args.image_size}"
     with utils.explained_exit(what_is_safe, size):
-        network = wrap(run.model, args.compile)
+        network = wrap(model, args.compile)
         while len(history) < args.epochs and not run.stopping.should_stop:
             epoch, start = len(history), time.perf_counter()
             torch.manual_seed(data.mix_seed(args.seed, epoch, processes.rank))  # for dropout
@@ -147,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
             row |= train_one_epoch(
                 network, train_loader, epoch, run.optimizer, run.scaler, dtype, args.log_every
             )
-            row |= validate(run.model, val_loader, dtype)
+            row |= validate(model, val_loader, dtype)
             require_finite(row["val_loss"], "validation", epoch, len(train_loader), run.optimizer)
             row["seconds"] = time.perf_counter() - start
             history.append(row)
@@ -333,17 +338,9 @@ def make_loaders(
     )
 
 
-def make_run(
-    args: Namespace, num_classes: int, device: torch.device, precision: str, weights: str
-) -> Run:
-    """The model on its device and what trains it; the gradient scaler is idle but for fp16."""
-    torch.manual_seed(data.mix_seed(args.seed))  # for the head
-    model = resnet.build_model(num_classes, weights)
-    model = model.to(device, memory_format=torch.channels_last)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    source = args.weights or "random weights"
-    utils.say("model", f"ResNet-50 from {source}, {parameters:,} parameters")
-
+def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
+    """The model and what trains it; the gradient scaler is idle but for fp16."""
+    device = next(model.parameters()).device
     optimizer = SGD(
         model.parameters(),
         lr=args.learning_rate,

@@ -36,34 +36,45 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
 
 
+def read_constants(script: str) -> dict[str, tuple[object, str]]:
+    """The value and the comment of every ALL_CAPS constant of a script. Raises UserError."""
+    constants, source = {}, Path(script).read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name, rest = node.targets[0].id, source.splitlines()[node.end_lineno - 1]
+        if name.isupper():
+            try:
+                value = ast.literal_eval(node.value)
+            except ValueError:
+                where = f"{Path(script).name}, line {node.lineno}"
+                raise UserError(f"{where}: {name} must be a plain number, text or bool") from None
+            constants[name] = value, rest.encode()[node.end_col_offset :].decode().lstrip(" #")
+    return constants
+
+
 def parse_flags(
     script: str, argv: list[str] | None, description: str, presets: dict[str, dict] | None = None
 ) -> tuple[argparse.Namespace, dict]:
-    """Makes a flag of every ALL_CAPS literal of a script, with its comment for help.
+    """Makes a flag of every constant of a script, with its comment for help.
 
-    EPOCHS = 60 gives --epochs INT, a bool gives --flag and --no-flag, a list takes several values.
-    presets maps the name of a bool to settings that stand in for the constants while it is on;
-    flags given by hand beat both. Returns the settings, in lower case, and those that differ from
-    the script's. A bad flag ends the script with one line and exit status 2.
+    EPOCHS = 60 gives --epochs INT, a bool gives --flag and --no-flag, a list takes several values,
+    a dict is left alone. presets maps the name of a bool to settings that stand in for the
+    constants while it is on; flags given by hand beat both. Returns the settings, in lower case,
+    and those that differ from the script's. A bad flag ends it with one line and exit status 2.
     """
-    constants, parser = (
-        {},
-        _Parser(
-            prog=Path(script).name,
-            description=description,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        ),
+    parser = _Parser(
+        prog=Path(script).name,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = Path(script).read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.Assign) and node.targets[0].id.isupper()) or isinstance(
-            node.value, ast.Dict
-        ):
+    constants = {}
+    for name, (value, comment) in read_constants(script).items():
+        if isinstance(value, dict):
             continue
-        name, value = node.targets[0].id.lower(), ast.literal_eval(node.value)
-        comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset :].lstrip(" #")
+        constants[name.lower()] = value
         options = {"help": f"{comment} (default: {value!r})".replace("%", "%%")}
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -71,8 +82,7 @@ def parse_flags(
             options |= {"nargs": "+", "metavar": "PATH"}
         else:
             options |= {"type": type(value), "metavar": type(value).__name__.upper()}
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
-        constants[name] = value
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
 
     given = vars(parser.parse_args(argv))
     settings = constants | given

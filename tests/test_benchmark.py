@@ -11,6 +11,7 @@ TINY = ["--device", "cpu", "--precision", "fp32", "--image-size", "32", "--batch
 TINY += ["--steps", "1", "--warmup-steps", "1", "--repeats", "1"]
 
 
+@pytest.mark.slow
 def test_one_run_measures_everything_without_data_and_says_so(tmp_path, capsys):
     file = tmp_path / "speed.json"
     benchmark.main([*TINY, "--data-dir", str(tmp_path), "--json", str(file)])

@@ -56,11 +56,12 @@ on = data.Augmentation(0.5, 4, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
 share = {"rank": processes.rank, "world_size": processes.world_size}
 loader = data.TrainLoader(images, 4, 32, on, 0, **share)
 val_loader = data.EvalLoader(test, 8 // processes.world_size, 32, **share)
-args = Namespace(seed=0, learning_rate=0.001, momentum=0.9, weight_decay=5e-4, watch="loss",
-    scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7, weights="")
-run = train.make_run(args, 10, cpu, "fp32", "")
-run.model.double()
-run.model.fc[2].p = 0.0
+args = Namespace(learning_rate=0.001, momentum=0.9, weight_decay=5e-4, watch="loss",
+    scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7)
+torch.manual_seed(0)
+network = model.build_model(10).double()
+network.fc[2].p = 0.0
+run = train.make_run(args, network, "fp32")
 network = train.wrap(SameEverywhere(run.model), False)
 row = train.train_one_epoch(network, loader, 0, run.optimizer, run.scaler, torch.float64, 20)
 val = train.validate(SameEverywhere(run.model), val_loader, torch.float64)

@@ -34,6 +34,12 @@ def test_every_constant_is_a_flag_of_its_type(tmp_path):
     assert parse(tmp_path, "--no-fast")[1] == {}
 
 
+def test_constant_that_is_no_literal_is_named(tmp_path):
+    (tmp_path / "script.py").write_text("import os\n\nHOME = os.environ['HOME']  # where\n")
+    with pytest.raises(utils.UserError, match="script.py, line 3: HOME must be a plain number"):
+        utils.parse_flags(str(tmp_path / "script.py"), [], "")
+
+
 def test_help_shows_each_comment_type_and_default(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         parse(tmp_path, "--help")
