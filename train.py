@@ -469,5 +469,5 @@ def report(args: Namespace, stopping: utils.EarlyStopping, history: list[dict]) 
 
 
 if __name__ == "__main__":
-    with utils.explained_exit(lambda: "no epoch was trained, nothing was changed"):
+    with utils.explained_exit(lambda: "before the first epoch"):
         main()

@@ -140,9 +140,7 @@ def _checked_gpu(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     try:
         torch.zeros(1, device=device).add_(1).item()
-    except (
-        RuntimeError
-    ) as error:  # no kernels for this GPU in this build, or the GPU is taken or broken
+    except RuntimeError as error:  # this build has no kernels for it, or it is taken or broken
         raise UserError(
             f"torch {torch.__version__} cannot compute on {torch.cuda.get_device_name(device)}: "
             f"{str(error).splitlines()[0]}\nInstall a torch built for it, or run with --device cpu"
@@ -171,10 +169,8 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + x.cos())(torch.ones(8, device=device))
     except Exception as error:  # noqa: BLE001, of many types, by what is missing
-        say(
-            "warning",
-            f"torch.compile does not work here, going on without: {str(error).splitlines()[0]}",
-        )
+        reason = str(error).splitlines()[0]
+        say("warning", f"torch.compile does not work here, going on without: {reason}")
         return False
     return True
 
@@ -183,9 +179,7 @@ def device_name(device: torch.device) -> str:
     """What a person calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
-    )
+    return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "MPS"
 
 
 # ---- processes, as torchrun starts them ---------------------------------------------------------
@@ -198,18 +192,16 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has restarted the workers
-    launcher: str = ""  # tells one torchrun from another; stays the same over its restarts
+    launcher: str = ""  # torchrun's id of the run, the same over its restarts and machines
 
 
 def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    numbers = [
-        int(os.environ[name])
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
-    ]
-    return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    numbers = [int(os.environ[name]) for name in names]
+    return Processes(*numbers, launcher=os.environ["TORCHELASTIC_RUN_ID"])
 
 
 def connect(processes: Processes, device: torch.device) -> None:
@@ -221,9 +213,8 @@ def connect(processes: Processes, device: torch.device) -> None:
         options["device_id"] = device
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # A restarted group must not read the addresses that the dead one left in torchrun's store.
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-        )
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False)
         options["store"] = dist.PrefixStore(f"attempt_{processes.restarts}", store)
         options |= {"rank": processes.rank, "world_size": processes.world_size}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
@@ -270,9 +261,8 @@ class EarlyStopping:
 
     def step(self, value: float, epoch: int) -> bool:
         """Takes an epoch's figure; True if it is the best so far."""
-        better = self.best is None or (
-            value < self.best if self.mode == "min" else value > self.best
-        )
+        sign = 1 if self.mode == "min" else -1
+        better = self.best is None or sign * value < sign * self.best
         if better:
             self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
         else:
@@ -328,7 +318,7 @@ def written_whole(path: Path, mode: str) -> Iterator:
             raise
         raise UserError(
             f"{path} could not be written: {cause.strerror}. What was saved before is intact.\n"
-            f"Make room or choose another --checkpoint-dir, then continue with --resume"
+            "Make room, then continue with --resume"
         ) from error
 
 
@@ -459,6 +449,8 @@ def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[
     try:
         yield
     except (KeyboardInterrupt, _Terminated) as error:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)  # an impatient second one
         if this_process().rank == 0:
             print(f"\nstopped  {what_is_safe()}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None

@@ -116,12 +116,12 @@ def test_signal_says_which_epoch_is_safe_and_how_to_continue(signum, status, tmp
     assert f"epoch {load(tmp_path / 'demo' / 'last.pt')['epoch']} is safe" in script.stderr
 
 
-def test_signal_before_the_first_epoch_says_that_nothing_was_changed(tmp_path):
+def test_signal_before_the_first_epoch_says_so(tmp_path):
     script = Script("train.py", "--demo", "--epochs", "500", cwd=tmp_path)
     script.wait_for("device")
     script.send(signal.SIGTERM)
     script.status = script.wait()
-    assert_explained(script, "stopped", status=143)
+    assert_explained(script, "stopped  before the first epoch", status=143)
 
 
 # ---- full disks, other runs ------------------------------------------------------------------------
