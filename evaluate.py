@@ -288,22 +288,23 @@ def print_numbers(numbers: dict, report: str, f1: dict[str, float]) -> None:
     for pair in numbers["most_confused"]:
         print("{images:4} + {other_way:<3} {true} taken for {taken_for}".format(**pair))
     print()
-    if numbers["tta"]:
-        single = numbers["without_tta"]
-        figures = f"top-1 {single['top1_accuracy']:.2%}, loss {single['loss']:.4f}"
-        utils.say("one view", f"{figures}; all else is over image and mirror")
     utils.say("loss", f"{numbers['loss']:.4f}")
-    for label, name, remark in [
+    for label, name, meaning in [
         ("top-1", "top1_accuracy", ""),
         ("top-5", "top5_accuracy", ""),
         ("macro F1", "macro_f1", ""),
-        ("coarse", "superclass_accuracy", "  in the right superclass"),
-        ("ECE", "expected_calibration_error", "  expected calibration error, 15 bins"),
+        ("coarse", "superclass_accuracy", ", the right superclass"),
+        ("ECE", "expected_calibration_error", ", expected calibration error"),
     ]:
         if name in numbers:
             low, high = (100 * x for x in numbers["intervals_95"].get(name, (0, 0)))
-            interval = f"  95 % interval {low:.2f} to {high:.2f}" if high else ""
-            utils.say(label, f"{100 * numbers[name]:.2f} %{interval}{remark}")
+            interval = f", 95 % interval {low:.2f} to {high:.2f} %" if high else ""
+            utils.say(label, f"{100 * numbers[name]:.2f} %{interval}{meaning}")
+    if numbers["tta"]:
+        single = numbers["without_tta"]
+        utils.say(
+            "no tta", f"loss {single['loss']:.4f}, top-1 {100 * single['top1_accuracy']:.2f} %"
+        )
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def draw_tiles(images: Tensor, captions: Sequence[str], columns: int, width: flo
     figure = new_figure(width * columns, height * rows)
     for position, (image, caption) in enumerate(zip(images, captions), start=1):
         axes = figure.add_subplot(rows, columns, position)
-        axes.imshow(image.permute(1, 2, 0))
+        axes.imshow(image.permute(1, 2, 0).numpy())
         axes.set_title(caption, fontsize=9, loc="left")
         axes.axis("off")
     return figure

@@ -6,6 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 import data
@@ -31,12 +34,36 @@ PICTURES |= {"per_class.png", "reliability.png", "training_curves.png"}
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A network trained on 50 digits for one epoch: poor, but real."""
-    folder = tmp_path_factory.mktemp("digits")
+def trained(tmp_path_factory):
+    """A checkpoint after one epoch on 50 digits: it takes every image for the same class."""
+    folder = tmp_path_factory.mktemp("trained")
     flags = ["--demo", "--epochs", "1", "--train-per-class", "5", "--checkpoint-dir", str(folder)]
     train.main(flags)
     return folder / "best.pt"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained, tmp_path_factory):
+    """The same with its last layer fitted by scikit-learn: right and wrong in many ways."""
+    state, (images, labels) = torch.load(trained), data.read_digits()[0].select(torch.arange(300))
+    model = resnet.build_model(10)
+    model.load_state_dict(state["model"])
+    features = []
+    model.fc[1].register_forward_hook(lambda module, inputs, output: features.append(output))
+    with torch.no_grad():
+        batch = data.Preprocess(32, torch.device("cpu"))(images / 255)
+        for module in model.modules():
+            module.momentum = 1.0  # batch norm takes this batch's statistics
+        model.train()(batch)
+        model.eval()(batch)
+        fit = LogisticRegression(C=1e4).fit(features[-1], labels)
+        model.fc[3].weight[:], model.fc[3].bias[:] = map(
+            torch.from_numpy, (fit.coef_, fit.intercept_)
+        )
+    state["model"] = model.state_dict()
+    path = tmp_path_factory.mktemp("fitted") / "best.pt"
+    utils.save_checkpoint(path, state)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -45,17 +72,32 @@ def results(checkpoint, tmp_path_factory):
     return run_main(checkpoint, tmp_path_factory.mktemp("results"))
 
 
+@pytest.fixture(scope="session")
+def mirrored(checkpoint, tmp_path_factory):
+    """Results folder and output with --tta, a hold-out, and a picture left by another network."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    state = torch.load(checkpoint)
+    state["constants"]["holdout_per_class"] = 5
+    utils.save_checkpoint(folder / "holdout.pt", state)
+    (folder / "superclass_confusion_matrix.png").write_text("of a network for CIFAR-100")
+    with redirect_stdout(StringIO()) as output:
+        run_main(folder / "holdout.pt", folder, "--tta")
+    return folder, output.getvalue()
+
+
 def run_main(checkpoint, folder, *flags):
     evaluate.main(["--checkpoint", str(checkpoint), "--results-dir", str(folder), *map(str, flags)])
     return folder
 
 
-def run_script(*flags, **environment):
-    """python evaluate.py as a user runs it, in a process of its own."""
+def run_script(*flags, backend=""):
+    """python evaluate.py in a process of its own, on a machine without a display."""
+    displays = ("DISPLAY", "WAYLAND_DISPLAY")
+    environment = {name: value for name, value in os.environ.items() if name not in displays}
     return subprocess.run(
         [sys.executable, "evaluate.py", *map(str, flags)],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=environment | {"MPLBACKEND": backend},
         capture_output=True,
         text=True,
         timeout=120,
@@ -126,7 +168,7 @@ def test_interval_of_macro_f1_agrees_with_resampled_images():
     predicted = np.where(rng.random(300) < 0.7, labels, rng.integers(3, size=300))
     matrix = np.zeros((3, 3), int)
     np.add.at(matrix, (labels, predicted), 1)
-    draws = (rng.integers(300, size=300) for _ in range(1000))
+    draws = (rng.integers(300, size=300) for _ in range(500))
     naive = [f1_score(labels[draw], predicted[draw], average="macro") for draw in draws]
     assert evaluate.bootstrap_intervals(matrix)["macro_f1"] == pytest.approx(
         np.percentile(naive, [2.5, 97.5]), abs=0.012
@@ -148,13 +190,14 @@ def test_superclass_matrix_agrees_with_the_official_coarse_labels():
 # ---- the script ---------------------------------------------------------------------------------
 
 
-def test_numbers_are_those_of_the_training_log(checkpoint, results):
-    with open(checkpoint.with_name("history.csv")) as file:
+def test_numbers_are_those_of_the_training_log(trained, tmp_path):
+    with open(trained.with_name("history.csv")) as file:
         (epoch,) = csv.DictReader(file)
-    metrics = read_metrics(results)
+    metrics = read_metrics(run_main(trained, tmp_path))
     assert metrics["loss"] == pytest.approx(float(epoch["val_loss"]), rel=1e-6)
     assert metrics["top1_accuracy"] == float(epoch["val_accuracy"])
     assert (metrics["images"], metrics["epoch"], metrics["dataset"]) == (360, 1, "digits")
+    assert metrics["test_images_chose_checkpoint"] is True
 
 
 def test_predictions_recompute_top1_and_the_matrix_with_the_official_labels(results):
@@ -181,28 +224,24 @@ def test_every_file_is_written_and_every_picture_opens(results):
             assert min(picture.size) > 250, name
 
 
-def test_superclasses_of_digits_are_left_out_in_one_line(checkpoint, tmp_path, capsys):
-    (tmp_path / "superclass_confusion_matrix.png").write_text("an earlier network's")
-    run_main(checkpoint, tmp_path)
-    assert "nothing to draw in superclass_confusion_matrix.png\n" in capsys.readouterr().out
-    assert not (tmp_path / "superclass_confusion_matrix.png").exists()
+def test_superclasses_of_digits_are_left_out_in_one_line(mirrored):
+    folder, output = mirrored
+    assert "nothing to draw in superclass_confusion_matrix.png\n" in output
+    assert not (folder / "superclass_confusion_matrix.png").exists()
 
 
-def test_it_says_whether_the_test_images_chose_the_checkpoint(checkpoint, tmp_path, capsys):
-    state = torch.load(checkpoint)
-    for holdout, words in (0, "also chose the checkpoint"), (5, "took no part in training"):
-        state["constants"]["holdout_per_class"] = holdout
-        utils.save_checkpoint(tmp_path / "copy.pt", state)
-        metrics = read_metrics(run_main(tmp_path / "copy.pt", tmp_path))
-        assert words in capsys.readouterr().out
-        assert metrics["test_images_chose_checkpoint"] is (holdout == 0)
+def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(mirrored):
+    folder, output = mirrored
+    assert "these images took no part in training or in choosing the checkpoint" in output
+    assert read_metrics(folder)["test_images_chose_checkpoint"] is False
 
 
-def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, tmp_path, capsys):
-    metrics = read_metrics(run_main(checkpoint, tmp_path, "--tta"))
-    plain = read_metrics(results)
-    assert metrics["without_tta"]["top1_accuracy"] == plain["top1_accuracy"]
-    assert f"{100 * plain['top1_accuracy']:.2f} %" in capsys.readouterr().out
+def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, mirrored):
+    folder, output = mirrored
+    averaged, plain = read_metrics(folder), read_metrics(results)
+    assert averaged["without_tta"]["top1_accuracy"] == plain["top1_accuracy"]
+    for metrics in averaged, plain:
+        assert f"{100 * metrics['top1_accuracy']:.2f} %" in output
 
     state, (_, test, _) = torch.load(checkpoint), data.read_digits()
     model = resnet.build_model(10).to(memory_format=torch.channels_last)
@@ -212,7 +251,8 @@ def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, tmp_path
         for view in (test, data.Images(test.images.flip(3), test.labels))
     )
     expected = (logits.argmax(1) == test.labels).float().mean().item()
-    assert metrics["top1_accuracy"] == pytest.approx(expected)
+    assert averaged["top1_accuracy"] == pytest.approx(expected)
+    assert averaged["top1_accuracy"] != plain["top1_accuracy"]
 
 
 def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_path):
@@ -261,11 +301,12 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_a_picture_is_classified_as_the_evaluation_does(checkpoint, results, pictures, capsys):
-    flags = ["--images", pictures / "folder", pictures / "broken.jpg"]
-    run_main(checkpoint, pictures / "results", *flags)
-    out, err = capsys.readouterr()
-    lines = out.splitlines()
+def test_pictures_are_classified_as_the_evaluation_does(checkpoint, results, pictures):
+    flags = ["--checkpoint", checkpoint, "--results-dir", pictures / "results"]
+    flags += ["--images", pictures / "folder", pictures / "broken.jpg"]
+    run = run_script(*flags, backend="tkagg")  # which would fail if a window was tried
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
     top5 = lines[lines.index(str(pictures / "folder" / "digit.png")) + 1 :][:5]
     _, _, predicted, confidence = read_csv(results / "predictions.csv")[1]
     share, _, name = top5[0].split()
@@ -273,7 +314,7 @@ def test_a_picture_is_classified_as_the_evaluation_does(checkpoint, results, pic
     assert float(share) == pytest.approx(100 * float(confidence), abs=1)  # bf16, another batch
     shares = [float(line.split()[0]) for line in top5]
     assert shares == sorted(shares, reverse=True)
-    assert [line.split(": ")[0] for line in err.splitlines()] == [
+    assert [line.split(": ")[0] for line in run.stderr.splitlines()] == [
         f"skipped  {pictures / 'folder' / 'notes.txt'}",
         f"skipped  {pictures / 'broken.jpg'}",
     ]
@@ -281,9 +322,9 @@ def test_a_picture_is_classified_as_the_evaluation_does(checkpoint, results, pic
         assert min(picture.size) > 250
 
 
-def test_no_picture_at_all_is_one_message(checkpoint, pictures):
+def test_no_picture_at_all_is_one_message(pictures):
     with pytest.raises(utils.UserError, match="No picture among .*broken.jpg"):
-        run_main(checkpoint, pictures / "results", "--images", pictures / "broken.jpg")
+        evaluate.read_pictures([str(pictures / "broken.jpg")])
 
 
 def test_a_photo_is_cropped_to_its_centre(tmp_path):
@@ -293,7 +334,7 @@ def test_a_photo_is_cropped_to_its_centre(tmp_path):
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
     _, images = evaluate.read_pictures([str(tmp_path / "stripes.png")])
     assert images.shape == (1, 3, 32, 32)
-    assert images[0].float().mean((1, 2)).tolist() == [0, 255, 0]  # the green third alone
+    assert images[0].float().mean((1, 2)).tolist() == pytest.approx([0, 255, 0], abs=2)
 
 
 # ---- windows ------------------------------------------------------------------------------------
@@ -316,15 +357,3 @@ def test_a_window_opens_where_there_is_a_display_unless_no_show(
         assert "a window opens" not in capsys.readouterr().out
     finally:
         plt.switch_backend("agg")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a display")
-def test_no_window_is_tried_without_a_display(checkpoint, pictures):
-    flags = ["--checkpoint", checkpoint, "--results-dir", pictures / "results"]
-    run = run_script(
-        *flags, "--images", pictures / "folder", DISPLAY="", WAYLAND_DISPLAY="", MPLBACKEND="tkagg"
-    )
-    assert run.returncode == 0, run.stderr
-    assert "Traceback" not in run.stderr
-    assert "note     no window" in run.stdout
-    assert (pictures / "results" / "predictions.png").exists()
