@@ -457,7 +457,10 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
 
 def open_window(path: Path) -> None:
     """Shows a picture until its window is closed; does nothing where there is no display."""
-    figure = plt.figure(path.name, layout="constrained")
+    try:
+        figure = plt.figure(path.name, layout="constrained")
+    except ImportError as error:  # a notebook's MPLBACKEND, say, that this environment lacks
+        return utils.say("note", f"no window: {error}")
     if plt.get_backend().lower() != "agg":  # which matplotlib chooses where there is no display
         axes = figure.add_subplot()
         axes.imshow(plt.imread(path))
