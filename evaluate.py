@@ -6,15 +6,10 @@
     python evaluate.py --images cat.jpg photos/     the likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
-in the checkpoint. It prints a report and writes into RESULTS_DIR:
-
-    metrics.json                    every number (accuracies as fractions) and where it comes from
-    classification_report.txt/.csv  precision, recall and F1 of every class
-    confusion_matrix.csv/.png       rows true, columns predicted; the CSV counts images
-    predictions.csv                 index into the official test file, label and predicted as class
-                                    numbers, confidence (the softmax of the predicted class)
-    and pictures: superclass_confusion_matrix, most_confused, mistakes, per_class, reliability,
-    training_curves; with --images predictions.png alone
+in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
+pictures into RESULTS_DIR; with --images predictions.png alone. In predictions.csv an index counts
+from 0 in the official test file, label and predicted are class numbers, and confidence is the
+softmax of the predicted class. Rows of a confusion matrix are true, columns predicted classes.
 """
 
 import csv
@@ -176,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(folder / "predictions.csv", header, rows)
         for name, figure in pictures.items():
             save_picture(figure, folder / f"{name}.png")
-    if missing := [name for name, figure in pictures.items() if not figure]:
-        utils.say("note", f"nothing to draw in {', '.join(missing)}.png")
+    if missing := [f"{name}.png" for name, figure in pictures.items() if not figure]:
+        utils.say("note", f"nothing to draw in {', '.join(missing)}")
     utils.say("results", str(folder))
     if args.show:
         open_window(folder / "confusion_matrix.png")
@@ -368,7 +363,8 @@ def draw_mistakes(result: Result) -> Figure:
     surest = result.surest(result.predicted != result.labels, 24)
     names, sure = result.classes, 100 * result.confidence
     captions = [
-        f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n{sure[i]:.2f} %"
+        f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n"
+        f"confidence: {sure[i]:.2f} %"
         for i in surest
     ]
     return draw_tiles(result.images[surest], captions, columns=6, width=2)
@@ -429,7 +425,7 @@ def read_history(path: Path, own: list[dict]) -> list[dict]:
             rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError):  # there is none, or a damaged one
         return own
-    return rows if rows[: len(own)] == own else own
+    return rows if own and rows[: len(own)] == own else own
 
 
 def draw_curves(history: list[dict], watch: str) -> Figure:
@@ -442,18 +438,14 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
     for axes, name in (left, "loss"), (right, "accuracy"):
         axes.plot(epochs, column[f"train_{name}"], ".-", label="training, augmented, with dropout")
         axes.plot(epochs, column[f"val_{name}"], ".-", label="validation")
-        place, label = (
-            (epochs[best], column[f"val_{name}"][best]),
-            f"best epoch: {epochs[best]:.0f}",
-        )
-        axes.plot(*place, "*", markersize=15, color="crimson", label=label)
+        place = epochs[best], column[f"val_{name}"][best]
+        axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
         for epoch, rate, before in zip(epochs, rates, [None, *rates]):
             if rate != before:
                 axes.axvline(epoch - 0.5, color="gray", linestyle=":")
-                axes.annotate(
-                    f"lr {rate:.3g}", (epoch - 0.5, 1.02), xycoords=axes.get_xaxis_transform()
-                )
-        axes.set_xlabel("epoch")
+                style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+                axes.annotate(f"lr {rate:.2g}", (epoch - 0.5, 1.02), **style)
+        axes.set(xlabel="epoch", xlim=(0, epochs[-1] + 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.set(ylabel="loss (cross-entropy, nats)", yscale="log")
     left.yaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())
@@ -467,13 +459,14 @@ def open_window(path: Path) -> None:
     """Shows a picture until its window is closed; does nothing where there is no display."""
     try:
         figure = plt.figure(path.name, layout="constrained")
-    except ImportError as error:  # MPLBACKEND or a matplotlibrc names what cannot work here
+    except ImportError as error:  # a notebook's MPLBACKEND, say, that this environment lacks
         return utils.say("note", f"no window: {error}")
     if plt.get_backend().lower() != "agg":  # which matplotlib chooses where there is no display
         axes = figure.add_subplot()
         axes.imshow(plt.imread(path))
         axes.axis("off")
         plt.show()
+    plt.close(figure)
 
 
 # ---- the user's own pictures --------------------------------------------------------------------
