@@ -439,7 +439,8 @@ class _Terminated(BaseException):
 def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[None]:
     """Ends the script with a message instead of a traceback on what can befall a run in its middle.
 
-    Ctrl-C and SIGTERM (exit status 130 and 143), a loss that is not finite, exhausted GPU memory.
+    Ctrl-C and SIGTERM (exit status 130 and 143), a closed pipe, a loss that is not finite,
+    exhausted GPU memory.
     """
 
     def terminate(signum: int, frame: object) -> None:
@@ -454,6 +455,9 @@ def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[
         if this_process().rank == 0:
             print(f"\nstopped  {what_is_safe()}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
+        raise UserError(f"stopped  nobody reads the output any more.\n{what_is_safe()}") from None
     except FloatingPointError as error:
         raise UserError(f"stopped  {error}. Try a lower one.\n{what_is_safe()}") from error
     except torch.OutOfMemoryError as error:
