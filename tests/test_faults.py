@@ -61,11 +61,12 @@ def slow_saves() -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> tuple[dict, float]:
     """last.pt of three epochs that nothing disturbed, and the seconds from its first save on."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    script = Script("train.py", *RUN, "--epochs", "3", cwd=folder, prepare=slow_saves)
-    wait_for_file(folder / "demo" / "last.pt")
-    start = time.monotonic()
-    assert script.wait() == 0
+    for _ in range(2):  # the first is slower: files are not cached yet
+        folder = tmp_path_factory.mktemp("unbroken")
+        script = Script("train.py", *RUN, "--epochs", "3", cwd=folder, prepare=slow_saves)
+        wait_for_file(folder / "demo" / "last.pt")
+        start = time.monotonic()
+        assert script.wait() == 0
     return load(folder / "demo" / "last.pt"), time.monotonic() - start
 
 
@@ -76,21 +77,21 @@ def wait_for_file(path: Path) -> None:
         time.sleep(0.005)
 
 
-def kill_and_resume(unbroken, fraction: float, folder: Path) -> bool:
-    """Kills a run at a fraction of its time after the first save; True if that hit a save."""
+def kill_and_resume(unbroken, fraction: float, folder: Path) -> str:
+    """Kills a run at a fraction of its time after the first save; says what that hit."""
     whole, seconds = unbroken
     script = Script("train.py", *RUN, "--epochs", "3", cwd=folder, prepare=slow_saves)
     wait_for_file(folder / "demo" / "last.pt")
     time.sleep(fraction * seconds)
-    script.send(signal.SIGKILL)
-    killed = script.wait()
-    hit = bool(list((folder / "demo").glob("*.tmp")))
+    script.process.kill()
+    status = script.wait()
+    hit = "a save" if list((folder / "demo").glob("*.tmp")) else "training"
     assert_whole(folder / "demo")
     resumed = run_script("train.py", *RUN, "--epochs", "3", "--resume", cwd=folder)
     assert resumed.status == 0, resumed.stderr
-    assert killed in (-signal.SIGKILL, 0)
     assert_same(load(folder / "demo" / "last.pt"), whole)
-    return hit
+    assert status in (-signal.SIGKILL, 0)
+    return hit if status else "nothing, the run had ended"
 
 
 @pytest.mark.slow
@@ -100,8 +101,8 @@ def test_run_killed_at_20_moments_resumes_to_the_unbroken_weights(unbroken, tmp_
         folder = tmp_path / str(i)
         folder.mkdir()
         hits.append(kill_and_resume(unbroken, i / 20, folder))
-    print(f"{sum(hits)} of 20 kills hit a save")
-    assert sum(hits) >= 3
+    print(f"{hits.count('a save')} of 20 kills hit a save, {hits.count('training')} training")
+    assert hits.count("a save") >= 3 and hits.count("training") >= 3
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
