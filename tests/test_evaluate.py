@@ -266,13 +266,6 @@ def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_pa
     assert evaluate.read_history(tmp_path / "none.csv", other) == other
 
 
-def test_missing_checkpoint_is_one_message(tmp_path):
-    run = run_script("--checkpoint", tmp_path / "none.pt", "--results-dir", tmp_path / "results")
-    assert run.returncode == 1
-    assert run.stderr == f"{tmp_path / 'none.pt'} not found. Train one with: python train.py\n"
-    assert not (tmp_path / "results").exists()
-
-
 def test_a_results_folder_that_cannot_be_written_is_one_message(checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(utils.UserError, match="file/results cannot be written: Not a directory"):

@@ -313,15 +313,21 @@ def test_checkpoint_without_read_permission_is_explained(finished_run, tmp_path)
 
 @pytest.mark.parametrize("script", [["evaluate.py"], ["train.py", *TINY, "--resume"]])
 def test_no_checkpoint_says_how_to_get_one(script, tmp_path):
-    assert_explained(
-        run_script(*script, cwd=tmp_path), "not found. Train one with: python train.py"
-    )
+    explained = run_script(*script, cwd=tmp_path)
+    assert_explained(explained, "not found. Train one with: python train.py")
+    assert not (tmp_path / "results").exists()
 
 
 def test_checkpoint_folder_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "file").write_text("")
     script = run_script("train.py", *TINY, "--checkpoint-dir", "file/demo", cwd=tmp_path)
     assert_explained(script, "file/demo cannot be written", "--checkpoint-dir")
+
+
+def test_data_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    script = run_script("train.py", "--data-dir", "file/data", "--weights", "", cwd=tmp_path)
+    assert_explained(script, "CIFAR-100 cannot be stored in file/data: ")
 
 
 def test_weights_that_cannot_be_had_are_explained(tmp_path):

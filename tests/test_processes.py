@@ -30,13 +30,13 @@ def run_torchrun(*args: str, cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-# Trains 20 steps of the real train_one_epoch() in float64, batch norm in eval mode and no dropout:
-# what else would differ between one process and two is a mistake.
+# 20 steps of train_one_epoch() in float64 on a small ResNet, with batch norm in eval mode and no
+# dropout: what else differs between one process and two is a mistake.
 WORKER = """
 import json, sys
 from argparse import Namespace
-import torch
-import data, model, train, utils
+import torch, torchvision
+import data, train, utils
 
 class SameEverywhere(torch.nn.Module):
     def __init__(self, network):
@@ -59,8 +59,8 @@ val_loader = data.EvalLoader(test, 8 // processes.world_size, 32, **share)
 args = Namespace(learning_rate=0.001, momentum=0.9, weight_decay=5e-4, watch="loss",
     scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7)
 torch.manual_seed(0)
-network = model.build_model(10).double()
-network.fc[2].p = 0.0
+network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 10)
+network = network.double()
 run = train.make_run(args, network, "fp32")
 network = train.wrap(SameEverywhere(run.model), False)
 row = train.train_one_epoch(network, loader, 0, run.optimizer, run.scaler, torch.float64, 20)
@@ -100,18 +100,22 @@ def test_torchrun_trains_saves_once_and_evaluates(tmp_path):
     assert len(re.findall(r"^epoch +\d/2", out, re.MULTILINE)) == 2
     last = load(tmp_path / "checkpoints" / "demo" / "last.pt")
     assert not [name for name in last["model"] if name.startswith(("module.", "_orig_mod."))]
-    best = "checkpoints/demo/best.pt"
-    script = run_script("evaluate.py", "--checkpoint", best, "--no-show", cwd=tmp_path)
-    assert script.status == 0, script.stderr
     # Resuming with one process is the same run: the batch is global.
     more = run_script("train.py", *TINY, "--epochs", "3", "--resume", cwd=tmp_path)
     assert more.status == 0 and "epoch    3/3" in more.stdout, more.stderr
 
 
+def be_one_of_two() -> None:
+    """What torchrun sets in the second process."""
+    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ |= names | {"TORCHELASTIC_RUN_ID": "run1"}
+
+
 def test_batch_size_that_the_processes_cannot_share_is_refused_before_anything_starts(tmp_path):
-    flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), "--demo", "--batch-size", "61"]
-    status, _, err = run_torchrun(*flags, cwd=tmp_path)
-    assert status != 0 and "--batch-size 61: expected a multiple of the 2 processes" in err
+    flags = ["--demo", "--batch-size", "61"]
+    script = run_script("train.py", *flags, cwd=tmp_path, prepare=be_one_of_two)
+    assert script.status == 2
+    assert script.stderr == "train.py: --batch-size 61: expected a multiple of the 2 processes\n"
     assert not (tmp_path / "checkpoints").exists()
 
 

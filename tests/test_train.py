@@ -223,6 +223,7 @@ def no_compiler(cache: Path) -> None:
     os.environ |= {"PATH": "", "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
 
 
+@pytest.mark.slow
 def test_run_without_a_compiler_warns_in_one_line_and_goes_on(tmp_path):
     prepare = functools.partial(no_compiler, tmp_path / "cache")
     flags = [*TINY, "--epochs", "1", "--compile"]
