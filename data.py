@@ -118,24 +118,25 @@ def fetch_cifar100(data_dir: str) -> None:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        for url in URLS:
-            try:
-                download_url(url, data_dir, CIFAR100.filename, CIFAR100.tgz_md5)
-                break
-            except Exception as error:  # noqa: BLE001, for a network fails in a dozen types
-                failures.append(f"  {url}: {error}")
-        else:
-            reasons = "\n".join(failures)
-            raise DataError(
-                f"CIFAR-100 is not in {data_dir} and could not be downloaded:\n{reasons}\n"
-                "Put its official files there, or try without any: python train.py --demo"
-            )
-        # Unpacked beside its place, then renamed: an interrupted start leaves no half file there.
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpacking-") as unpacked:
-            extract_archive(str(Path(data_dir, CIFAR100.filename)), unpacked)
+        # Downloaded and unpacked beside its place, then renamed: no half file, whoever interrupts
+        # and whoever else does the same.
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
+            for url in URLS:
+                try:
+                    download_url(url, scratch, CIFAR100.filename, CIFAR100.tgz_md5)
+                    break
+                except Exception as error:  # noqa: BLE001, for a network fails in a dozen types
+                    failures.append(f"  {url}: {error}")
+            else:
+                reasons = "\n".join(failures)
+                raise DataError(
+                    f"CIFAR-100 could not be downloaded. Put its official files into "
+                    f"{files[0][0].parent}, or try without any: python train.py --demo\n{reasons}"
+                )
+            extract_archive(str(Path(scratch, CIFAR100.filename)), scratch)
+            files[0][0].parent.mkdir(exist_ok=True)
             for path, _ in files:
-                path.parent.mkdir(exist_ok=True)
-                Path(unpacked, CIFAR100.base_folder, path.name).replace(path)
+                Path(scratch, CIFAR100.base_folder, path.name).replace(path)
     except OSError as error:
         raise DataError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
     finally:
@@ -189,9 +190,8 @@ def split_per_class(
 
     train_per_class limits the training images of each class, 0 for all that the hold-out leaves.
     """
-    rng = np.random.default_rng(
-        100
-    )  # not the run's SEED: runs with different seeds must share their hold-out
+    # Not the run's SEED: runs with different seeds must share their hold-out.
+    rng = np.random.default_rng(100)
     train, holdout = [], []
     for label in labels.unique():
         members = rng.permutation(np.flatnonzero(labels.cpu().numpy() == label.item()))
@@ -455,5 +455,6 @@ class EvalLoader:
 
 
 def mix_seed(*numbers: int) -> int:
-    """One seed out of several non-negative integers, mixed by numpy, since sums would collide."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    """One seed out of several numbers below 2**32, mixed by numpy, since sums would collide."""
+    padded = [len(numbers), *numbers]  # numpy takes (1,) for (1, 0)
+    return int(np.random.SeedSequence(padded).generate_state(1, np.uint64)[0])

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         dataset, classes, history = (checkpoint[key] for key in ("dataset", "classes", "history"))
         constants, dtype = checkpoint["constants"], utils.DTYPES[checkpoint["precision"]]
         batch_size, image_size = constants["batch_size"], constants["image_size"]
+        if not all(isinstance(size, int) and size > 0 for size in (batch_size, image_size)):
+            raise ValueError("its batch or image size is no positive number")
         optimistic, watch = constants["holdout_per_class"] == 0, constants["watch"]
         model = resnet.build_model(len(classes))
         model.load_state_dict(checkpoint["model"])
@@ -243,7 +245,7 @@ def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, count: int = 15) -> np.ndarray:
-    """Images, accuracy, mean confidence (3, count) in the bins (0, 1/count], (1/count, 2/count]..."""
+    """Images, accuracy, mean confidence (3, count) in bins (0, 1/count], (1/count, 2/count]..."""
     numbers = np.ceil(confidence * count).astype(int).clip(1, count) - 1
     images = np.bincount(numbers, minlength=count)
     means = [np.bincount(numbers, x, count) / images.clip(1) for x in (correct, confidence)]
@@ -313,14 +315,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_picture(figure: Figure | None, path: Path) -> None:
-    """Writes a figure without its margins; removes what an earlier evaluation left if it is None."""
+    """Writes a figure without its margins; removes an earlier evaluation's if it is None."""
     path.unlink(missing_ok=True)
     if figure:
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
-    """Confusion matrix, rows true, columns predicted; classes by superclass if groups names them."""
+    """Confusion matrix, rows true, columns predicted; by superclass if groups names them."""
     count, numbered = len(names), len(names) <= 20
     if groups:
         order = np.argsort(superclass_numbers(names), kind="stable")
@@ -353,7 +355,7 @@ def draw_tiles(images: Tensor, captions: Sequence[str], columns: int, width: flo
     for position, (image, caption) in enumerate(zip(images, captions), start=1):
         axes = figure.add_subplot(rows, columns, position)
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(caption, fontsize=9, loc="left")
+        axes.set_title(caption, fontsize=9, loc="left", parse_math=False)
         axes.axis("off")
     return figure
 
@@ -459,7 +461,7 @@ def open_window(path: Path) -> None:
     """Shows a picture until its window is closed; does nothing where there is no display."""
     try:
         figure = plt.figure(path.name, layout="constrained")
-    except ImportError as error:  # a notebook's MPLBACKEND, say, that this environment lacks
+    except Exception as error:  # noqa: BLE001, a backend or display that is named but not there
         return utils.say("note", f"no window: {error}")
     if plt.get_backend().lower() != "agg":  # which matplotlib chooses where there is no display
         axes = figure.add_subplot()
@@ -479,7 +481,12 @@ def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
     """
     files, images = [], []
     for path in map(Path, paths):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        try:
+            inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        except OSError as error:
+            print(f"skipped  {path}: {error}", file=sys.stderr)
+            continue
+        for file in inside:
             try:
                 with Image.open(file) as image:
                     upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -504,6 +511,6 @@ def describe_top5(probabilities: Tensor, classes: list[str]) -> list[str]:
 if __name__ == "__main__":
     with utils.explained_exit(
         lambda: "run it again for results that belong together; no checkpoint was changed",
-        "by the checkpoint's batch size, or by other programs on this GPU",
+        "free it of other programs, or use --device cpu",
     ):
         main()

@@ -116,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     dataset = "digits" if args.demo else "cifar100"
     train_loader, val_loader, classes = make_loaders(dataset, args, processes, device)
     torch.manual_seed(data.mix_seed(args.seed))  # for the head
-    model = resnet.build_model(len(classes), "" if checkpoint else args.weights)
+    # One process needs the weights: DistributedDataParallel gives them to the others.
+    weights = "" if checkpoint or processes.rank else args.weights
+    model = resnet.build_model(len(classes), weights)
     model = model.to(device, memory_format=torch.channels_last)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     source = args.weights or "random weights"
@@ -142,8 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         command = f"{launcher} {shlex.join(['train.py', *flags, '--resume'])}"
         return f"epoch {saved_epochs} is safe in {folder / 'last.pt'}; to continue: {command}"
 
-    size = f"--batch-size {args.batch_size} and --image-size {args.image_size}"
-    with utils.explained_exit(what_is_safe, size):
+    advice = f"lower --batch-size {args.batch_size} or --image-size {args.image_size}"
+    with utils.explained_exit(what_is_safe, advice):
         network = wrap(model, args.compile)
         while len(history) < args.epochs and not run.stopping.should_stop:
             epoch, start = len(history), time.perf_counter()
@@ -245,7 +247,7 @@ def check_constants(args: Namespace, world_size: int) -> None:
         ("scheduler_factor", 0, 0.999),
         ("scheduler_patience", 0, 100_000),
         ("early_stopping_patience", 1, 100_000),
-        ("seed", 0, 2**63),
+        ("seed", 0, 2**32 - 1),
         ("image_size", 32, 1024),
         ("holdout_per_class", 0, 499),
         ("train_per_class", 0, 500),
@@ -301,8 +303,11 @@ def make_loaders(
     )
     val_images = train_images.select(holdout) if args.holdout_per_class else test_images
     train_images = train_images.select(train)
-    if not len(train):
-        raise utils.UserError(f"--holdout-per-class {args.holdout_per_class} leaves none to train")
+    if min(len(train), len(val_images.labels)) < processes.world_size:
+        raise utils.UserError(
+            f"{len(train)} training and {len(val_images.labels)} validation images are too few for "
+            f"{processes.world_size} processes; see --holdout-per-class, --train-per-class"
+        )
     counts = f"{len(train):,} training and {len(val_images.labels):,} validation images"
     utils.say("data", f"{dataset}: {counts}, {len(classes)} classes")
     if not args.holdout_per_class:
@@ -322,20 +327,10 @@ def make_loaders(
         grayscale=args.grayscale,
     )
     share = {"rank": processes.rank, "world_size": processes.world_size}
-    return (
-        data.TrainLoader(
-            train_images.to(device),
-            args.batch_size,
-            args.image_size,
-            augmentation,
-            args.seed,
-            **share,
-        ),
-        data.EvalLoader(
-            val_images.to(device), args.batch_size // processes.world_size, args.image_size, **share
-        ),
-        classes,
-    )
+    sizes = (args.batch_size, args.image_size)
+    train_images, val_images = train_images.to(device), val_images.to(device)
+    train_loader = data.TrainLoader(train_images, *sizes, augmentation, args.seed, **share)
+    return train_loader, data.EvalLoader(val_images, *sizes, **share), classes
 
 
 def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
@@ -346,7 +341,8 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
         lr=args.learning_rate,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        fused=device.type != "mps",
+        # A fused step that fp16's scaler skips leaves the momentum uninitialised.
+        fused=device.type != "mps" and precision != "fp16",
     )
     mode = {"loss": "min", "accuracy": "max"}[args.watch]
     # threshold 0: an epoch is better for the scheduler exactly when it is for early stopping
@@ -381,17 +377,10 @@ def find_checkpoint(path: Path, args: Namespace, processes: utils.Processes) -> 
     if not (args.resume or restarted):
         return None
     checkpoint = utils.load_checkpoint(path)
-    if not args.resume and checkpoint["launcher"] != processes.launcher:
+    if not args.resume and checkpoint.get("launcher") != processes.launcher:
         return None  # an earlier run's: this one was restarted before it had saved anything
-    # What may change: how long to go on, where things are, and on which machine.
-    may_change = {
-        "epochs",
-        "scheduler_patience",
-        "early_stopping_patience",
-        "data_dir",
-        "checkpoint_dir",
-    }
-    may_change |= {"device", "log_every", "resume"}
+    may_change = {"epochs", "scheduler_patience", "early_stopping_patience"}  # how long to go on
+    may_change |= {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}  # where, and how
     for name, value in vars(args).items():
         stored = checkpoint["constants"].get(name)
         if value != stored and name not in may_change:
@@ -434,13 +423,15 @@ def estimate_epoch(
     dtype: torch.dtype,
 ) -> None:
     """Says how long an epoch takes, by a timed forward pass: a training step costs about three."""
-    few = data.Images(train_loader.images[:8], train_loader.labels[:8])
-    sample = data.EvalLoader(few, len(few.labels), train_loader.preprocess.image_size)
+    count = min(train_loader.batch_size, 32)
+    few = data.Images(train_loader.images[:count], train_loader.labels[:count])
+    sample = data.EvalLoader(few, count, train_loader.preprocess.image_size)
     resnet.predict(model, sample, dtype)  # the first pass sets things up
     start = time.perf_counter()
     resnet.predict(model, sample, dtype)
-    per_image = (time.perf_counter() - start) / len(few.labels)
-    seconds = per_image * (3 * len(train_loader.labels) + len(val_loader.labels))
+    per_image = (time.perf_counter() - start) / count
+    trained = len(train_loader) * train_loader.batch_size / train_loader.world_size
+    seconds = per_image * (3 * trained + len(val_loader.labels))
     duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
     utils.say("note", f"no GPU in use: an epoch takes about {duration} here")
 
@@ -460,7 +451,7 @@ def report(args: Namespace, stopping: utils.EarlyStopping, history: list[dict]) 
     if stopping.should_stop:
         utils.say("stopped", f"no better validation {args.watch} in {stopping.bad_epochs} epochs")
     else:
-        utils.say("finished", f"all {args.epochs} epochs")
+        utils.say("finished", f"all {len(history)} epochs")
     best, path = history[stopping.best_epoch - 1], Path(args.checkpoint_dir, "best.pt")
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     utils.say("best", f"epoch {best['epoch']}: validation {figures}, {path}")
@@ -469,5 +460,5 @@ def report(args: Namespace, stopping: utils.EarlyStopping, history: list[dict]) 
 
 
 if __name__ == "__main__":
-    with utils.explained_exit(lambda: "before the first epoch"):
+    with utils.explained_exit(lambda: "before the first epoch; what was saved is intact"):
         main()

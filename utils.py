@@ -95,10 +95,12 @@ def parse_flags(
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
     """Ends the script with one line and exit status 2 unless a flag's value is as expected."""
-    if not condition:
+    if condition:
+        return
+    if this_process().rank == 0:
         flag = f"--{name.replace('_', '-')}"
         print(f"{Path(sys.argv[0]).name}: {flag} {value}: expected {expected}", file=sys.stderr)
-        raise SystemExit(2)
+    raise SystemExit(2)
 
 
 # ---- device and precision -----------------------------------------------------------------------
@@ -140,7 +142,9 @@ def _checked_gpu(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     try:
         torch.zeros(1, device=device).add_(1).item()
-    except RuntimeError as error:  # this build has no kernels for it, or it is taken or broken
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"GPU {local_rank} is full: another program is using it") from error
+    except RuntimeError as error:  # this build has no kernels for it, or it is broken
         raise UserError(
             f"torch {torch.__version__} cannot compute on {torch.cuda.get_device_name(device)}: "
             f"{str(error).splitlines()[0]}\nInstall a torch built for it, or run with --device cpu"
@@ -192,7 +196,7 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has restarted the workers
-    launcher: str = ""  # torchrun's id of the run, the same over its restarts and machines
+    launcher: str = ""  # tells one torchrun from another; stays the same over its restarts
 
 
 def this_process() -> Processes:
@@ -201,7 +205,7 @@ def this_process() -> Processes:
         return Processes()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
     numbers = [int(os.environ[name]) for name in names]
-    return Processes(*numbers, launcher=os.environ["TORCHELASTIC_RUN_ID"])
+    return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}")
 
 
 def connect(processes: Processes, device: torch.device) -> None:
@@ -318,7 +322,7 @@ def written_whole(path: Path, mode: str) -> Iterator:
             raise
         raise UserError(
             f"{path} could not be written: {cause.strerror}. What was saved before is intact.\n"
-            "Make room, then continue with --resume"
+            "Once that is mended, continue with --resume"
         ) from error
 
 
@@ -334,9 +338,11 @@ def _load_safely(file: BinaryIO) -> object:
     if not zipfile.is_zipfile(file):
         raise ValueError("it is not a checkpoint, or cut short")
     with zipfile.ZipFile(file) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-                raise ValueError("torch.save did not write it")
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed, so torch.save did not write it")
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("it claims more bytes than it has")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it fails its checksum")
     file.seek(0)
@@ -353,8 +359,11 @@ def load_checkpoint(path: Path) -> dict:
         for name, kind in CONTENTS.items():
             if not isinstance(checkpoint.get(name), kind):
                 raise TypeError(f"its entry {name!r} is missing or not a {kind.__name__}")
-        if not all(tensor.isfinite().all() for tensor in checkpoint["model"].values()):
-            raise ValueError("its weights are not finite")
+        for tensor in checkpoint["model"].values():
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError("it claims more bytes than it has")
+            if not tensor.isfinite().all():
+                raise ValueError("its weights are not finite")
     except FileNotFoundError:
         raise UserError(f"{path} not found. Train one with: python train.py") from None
     except Exception as error:
@@ -436,7 +445,9 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[None]:
+def explained_exit(
+    what_is_safe: Callable[[], str], memory_advice: str = "another program may be using it"
+) -> Iterator[None]:
     """Ends the script with a message instead of a traceback on what can befall a run in its middle.
 
     Ctrl-C and SIGTERM (exit status 130 and 143), a closed pipe, a loss that is not finite,
@@ -461,6 +472,4 @@ def explained_exit(what_is_safe: Callable[[], str], size: str = "") -> Iterator[
     except FloatingPointError as error:
         raise UserError(f"stopped  {error}. Try a lower one.\n{what_is_safe()}") from error
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"GPU memory is exhausted {size}: lower one of them.\n{what_is_safe()}"
-        ) from error
+        raise UserError(f"GPU memory is exhausted: {memory_advice}.\n{what_is_safe()}") from error

@@ -1,4 +1,4 @@
-"""The benchmark at its smallest: its figures mean nothing here, its table and file must be whole."""
+"""The benchmark at its smallest: figures mean nothing here, table and file must be whole."""
 
 import json
 from argparse import Namespace

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def some_images() -> torch.Tensor:
-    """Float (40, 3, 32, 32) in [0, 1]: black, white, gray, one-colour, two-level and random ones."""
+    """Float (40, 3, 32, 32) in [0, 1]: black, white, gray, one-colour, two-level and random."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(40, 3, 32, 32, generator=generator)
     images[0], images[1], images[2] = 0, 1, 0.5
@@ -115,7 +115,7 @@ def test_resize_and_normalise_match_torchvision(size):
 
 
 def test_whole_augmentation_matches_torchvision_in_its_order():
-    """Flip, crop, jitter in the given order, rotation, grayscale: one image at a time by torchvision."""
+    """Flip, crop, jitter in the given order, rotation, grayscale: torchvision, image by image."""
     images = (some_images() * 255).byte()
     parameters = data.draw_parameters(data.Augmentation(**ON), 40, torch.Generator().manual_seed(2))
     jitter_order = [2, 0, 3, 1]
@@ -132,7 +132,7 @@ def test_whole_augmentation_matches_torchvision_in_its_order():
         torch.testing.assert_close(ours[i], image, rtol=0, atol=1e-4)
 
 
-# ---- the distributions of the parameters ----------------------------------------------------------
+# ---- the distributions of the parameters --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_strength_zero_leaves_an_operation_out():
     assert torch.equal(data.augment(images, {}, 0, [0, 1, 2, 3]), images.float() / 255)
 
 
-# ---- loaders ---------------------------------------------------------------------------------------
+# ---- loaders ------------------------------------------------------------------------------------
 
 
 def numbered(count: int) -> data.Images:
@@ -266,7 +266,7 @@ def test_val_loader_leaves_the_pixels_alone():
     torch.testing.assert_close(images * std + mean, data_set.images / 255, rtol=0, atol=1e-6)
 
 
-# ---- splits ----------------------------------------------------------------------------------------
+# ---- splits -------------------------------------------------------------------------------------
 
 
 def test_holdout_is_stratified_disjoint_and_always_the_same():
@@ -288,7 +288,7 @@ def test_train_per_class_takes_that_many_and_leaves_the_holdout_alone():
     assert not set(train.tolist()) & set(holdout.tolist())
 
 
-# ---- the data sets ---------------------------------------------------------------------------------
+# ---- the data sets ------------------------------------------------------------------------------
 
 
 def test_official_files_are_read_whole(cifar100_dir):

@@ -15,8 +15,9 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line]
 
 
-def test_readme_has_commands():
+def test_readme_has_commands_and_no_gaps():
     assert len(COMMANDS) >= 10
+    assert not re.search(r"^[A-Z_]+$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,7 +45,8 @@ def test_constants_table_of_the_readme_gives_the_defaults_of_train():
 
 
 def test_file_table_of_the_readme_names_what_is_there():
-    names = re.findall(r"^\| `([a-z./]+)` \|", README, re.MULTILINE)
+    section = README.split("## What is where")[1].split("\n## ")[0]
+    names = re.findall(r"^\| `([a-z./]+)` \|", section, re.MULTILINE)
     assert {"train.py", "evaluate.py", "model.py", "data.py", "utils.py"} <= set(names)
     assert all((ROOT / name).exists() for name in names)
 

@@ -1,4 +1,4 @@
-"""train.py as its user runs it: what it says, what it leaves, and that a resumed run is the same run."""
+"""train.py as its user runs it: what it says and leaves; that a resumed run is the same run."""
 
 import csv
 import functools
@@ -173,6 +173,27 @@ def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
         run.stopping.step(loss, epoch)
         assert run.scheduler.num_bad_epochs == run.stopping.bad_epochs
         assert run.scheduler.best == run.stopping.best
+
+
+def test_step_that_fp16_skips_leaves_the_momentum_alone():
+    """An overflow at first, then a gradient of 1: one plain SGD step of lr 0.01 from 1."""
+    args, _ = utils.parse_flags(train.__file__, ["--weight-decay", "0"], "")
+    layer = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    run = train.make_run(args, layer, "fp16")
+    for factor in (float("inf"), 1.0):
+        run.optimizer.zero_grad()
+        run.scaler.scale(layer.weight.sum() * factor).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    assert layer.weight.item() == pytest.approx(1 - 0.01)
+
+
+def test_fp16_and_fp32_train_too(tmp_path):
+    for precision in ("fp16", "fp32"):
+        script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
+        assert script.status == 0, script.stderr
+        assert f", {precision}, channels_last" in script.stdout
 
 
 def test_cifar100_trains_from_real_weights_on_the_real_images(

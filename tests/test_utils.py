@@ -82,7 +82,7 @@ def test_every_constant_of_a_script_is_commented_and_read(script):
     for name in vars(args):
         line = re.search(rf"^{name.upper()} = .*$", source, re.MULTILINE).group()
         assert re.search(r"  # \w+", line), f"{name.upper()} has no comment"
-        assert re.search(rf"\b(args\.{name}|\"{name}\")", source), f"{name.upper()} is never read"
+        assert re.search(rf'\bargs\.{name}\b|"{name}"', source), f"{name.upper()} is never read"
 
 
 # What every edge of every flag gives: 2 for what cannot be right whatever the data and the machine.
@@ -146,12 +146,27 @@ def test_seeds_that_add_up_to_the_same_differ():
     assert data.mix_seed(1, 2) == data.mix_seed(1, 2)
 
 
-def test_precision_follows_the_hardware():
-    cpu = torch.device("cpu")
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    assert utils.choose_precision("auto", cpu) == ("bf16" if native else "fp32")
-    assert utils.choose_precision("fp32", cpu) == "fp32"
+def test_seeds_of_different_lengths_differ():
+    seeds = {data.mix_seed(0), data.mix_seed(0, 0), data.mix_seed(0, 0, 0), data.mix_seed(0, 1)}
+    assert len(seeds) == 4
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "precision"),
+    [
+        ("cpu", True, "bf16"),
+        ("cpu", False, "fp32"),
+        ("cuda", True, "bf16"),
+        ("cuda", False, "fp16"),
+    ],
+)
+def test_precision_follows_the_hardware(device, native, precision, monkeypatch):
+    """The hardware is pretended: no machine has all of it."""
+    capabilities = {"avx512_bf16": native, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert utils.choose_precision("auto", torch.device(device)) == precision
+    assert utils.choose_precision("fp32", torch.device(device)) == "fp32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
