@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     args, _ = utils.parse_flags(__file__, argv, __doc__)
     devices = ("auto", "cuda", "mps", "cpu")
     utils.require(args.device in devices, "device", args.device, f"one of {', '.join(devices)}")
+    for name in ("checkpoint", "data_dir", "results_dir"):
+        utils.require(getattr(args, name) != "", name, "''", "a path")
     path, folder = Path(args.checkpoint), Path(args.results_dir)
 
     # The network as it was trained

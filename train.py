@@ -268,26 +268,15 @@ def check_constants(args: Namespace, world_size: int) -> None:
         ("device", ("auto", "cuda", "mps", "cpu")),
         ("precision", ("auto", *utils.DTYPES)),
     ]:
-        utils.require(
-            getattr(args, name) in choices,
-            name,
-            getattr(args, name),
-            f"one of {', '.join(choices)}",
-        )
+        value = getattr(args, name)
+        utils.require(value in choices, name, value, f"one of {', '.join(choices)}")
     for name in ("data_dir", "checkpoint_dir"):
         utils.require(getattr(args, name) != "", name, "''", "a folder")
-    utils.require(
-        args.batch_size > world_size or args.image_size > 32,
-        "batch_size",
-        args.batch_size,
-        "2 or more images a process at 32 pixels, for batch norm",
-    )
-    utils.require(
-        args.batch_size % world_size == 0,
-        "batch_size",
-        args.batch_size,
-        f"a multiple of the {world_size} processes",
-    )
+    for holds, expected in [
+        (args.batch_size % world_size == 0, f"a multiple of the {world_size} processes"),
+        (args.batch_size > world_size or args.image_size > 32, "more: batch norm needs 2 images"),
+    ]:
+        utils.require(holds, "batch_size", args.batch_size, expected)
 
 
 def make_loaders(
@@ -311,10 +300,8 @@ def make_loaders(
     counts = f"{len(train):,} training and {len(val_images.labels):,} validation images"
     utils.say("data", f"{dataset}: {counts}, {len(classes)} classes")
     if not args.holdout_per_class:
-        utils.say(
-            "note",
-            "the test images choose best.pt; --holdout-per-class 50 keeps them apart from that",
-        )
+        advice = "--holdout-per-class 50 keeps them apart from that"
+        utils.say("note", f"the test images choose best.pt; {advice}")
 
     augmentation = data.Augmentation(
         flip=args.flip,

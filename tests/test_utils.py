@@ -7,6 +7,7 @@ import torch
 from scripts import ROOT
 
 import data
+import evaluate
 import train
 import utils
 
@@ -118,6 +119,31 @@ def test_flag_at_its_edge_is_one_line_and_exit_status_2(flag, value, capsys, tmp
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and f"--{flag}" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["--device", value] for value in ("", "x", "CPU", "0")),
+        *([flag, ""] for flag in ("--checkpoint", "--data-dir", "--results-dir")),
+        ["--checkpoint"],
+        ["--images"],
+        ["--tta", "yes"],
+        ["--check", "x"],
+        ["photo.jpg"],
+    ],
+)
+def test_flag_of_evaluate_at_its_edge_is_one_line_and_exit_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and argv[0] in err
+
+
+def test_batch_of_one_is_refused_where_batch_norm_cannot_take_it(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--demo", "--batch-size", "1"])
+    assert "--batch-size 1: expected more: batch norm needs 2 images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["watch", "rotation", "seed", "crop-padding", "flip"])
