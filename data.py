@@ -345,11 +345,13 @@ JITTER = [
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Rotates square images counter-clockwise about their centres: bilinear, black outside."""
-    radians = torch.deg2rad(degrees)
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    # From output to input coordinates, y pointing down: the rotation by minus the angle.
-    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    size, radians = images.shape[-1], torch.deg2rad(degrees)[:, None, None]
+    cos, sin = radians.cos(), radians.sin()
+    # Pixel centres from -1 to 1, y pointing down, and where in the input each comes from. Written
+    # out, because F.affine_grid multiplies matrices, which TF32 would round to a hundredth pixel.
+    steps = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
+    x, y = steps[None, None, :], steps[None, :, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], 3)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
