@@ -86,6 +86,7 @@ def test_two_processes_and_one_give_the_same_losses_and_weights_in_float64(tmp_p
         torch.testing.assert_close(others[name], tensor, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_saves_once_and_one_process_goes_on(tmp_path):
     flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), *TINY, "--epochs", "2"]
     process = start([*TORCHRUN, *flags], cwd=tmp_path)

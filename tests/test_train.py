@@ -189,6 +189,7 @@ def test_step_that_fp16_skips_leaves_the_momentum_alone():
     assert layer.weight.item() == pytest.approx(1 - 0.01)
 
 
+@pytest.mark.slow
 def test_fp16_and_fp32_train_too(tmp_path):
     for precision in ("fp16", "fp32"):
         script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
