@@ -214,14 +214,14 @@ def test_cifar100_trains_from_real_weights_on_the_real_images(
 
 @pytest.mark.slow
 def test_compiled_step_is_compiled_once_and_computes_the_same():
-    """Three epochs with a validation after each: only the first may compile."""
+    """Three epochs of one step, each validated; the first loss precedes any update."""
     from torch._dynamo.utils import counters
 
     figures = {}
     args, _ = utils.parse_flags(train.__file__, [], "")
     images, test, _ = data.read_digits()
     augmentation = data.Augmentation(0, 2, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
-    loader = data.TrainLoader(images.select(torch.arange(64)), 16, 32, augmentation, 0)
+    loader = data.TrainLoader(images.select(torch.arange(16)), 16, 32, augmentation, 0)
     val_loader = data.EvalLoader(test.select(torch.arange(20)), 16, 32)
     for compile_it in (False, True):
         torch.manual_seed(0)
@@ -237,7 +237,7 @@ def test_compiled_step_is_compiled_once_and_computes_the_same():
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3
     assert figures[True, 0]["train_loss"] == pytest.approx(
-        figures[False, 0]["train_loss"], rel=0.01
+        figures[False, 0]["train_loss"], rel=0.001
     )
 
 
