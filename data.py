@@ -1,19 +1,19 @@
 """CIFAR-100 on the training device: read once, then augmented there, batch by batch.
 
-The images (uint8, 154 MB for training) live on the device. A training batch is a list of indices
-into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once, each
-image with parameters of its own, at 32 x 32. Normalising is linear, so it comes before the resize,
-which is then the only operation at full size.
+The images (uint8, 154 MB for training) are kept on the device. A training batch is a list of
+indices into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once,
+at 32 x 32, with parameters drawn per image. Normalization is linear, so it can come before the
+resize, which is then the only operation at full size.
 
-Every operation gives what torchvision.transforms.v2.functional gives for a single float image;
-tests/test_data.py holds it to that.
+Every operation equals that of torchvision.transforms.v2.functional on a single float image;
+tests/test_data.py compares them.
 """
 
 import math
 import socket
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 # Tried in this order: a byte-identical mirror, then the official host, which since June 2026 serves
 # about 60 kB/s. torchvision's md5 of the archive is enforced, so a mirror need not be trusted.
@@ -64,17 +65,17 @@ SUPERCLASSES = {
 CLASSES = sorted(sum(SUPERCLASSES.values(), ()))  # label i means CLASSES[i]
 
 
-class Images(NamedTuple):
-    """Images uint8 (N, 3, 32, 32) and their labels int64 (N,)."""
+class Split(NamedTuple):
+    """Images uint8 (N, 3, 32, 32) with their labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
 
-    def select(self, indices: Tensor) -> "Images":
-        return Images(self.images[indices], self.labels[indices])
+    def select(self, indices: Tensor | slice) -> "Split":
+        return Split(self.images[indices], self.labels[indices])
 
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 class DataError(SystemExit):
@@ -84,25 +85,19 @@ class DataError(SystemExit):
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_dataset(name: str, data_dir: str) -> tuple[Images, Images, list[str]]:
-    """Training images, test images and class names of "cifar100" or "digits", on the CPU."""
-    return {"cifar100": read_cifar100, "digits": read_digits}[name](data_dir)
+def read_dataset(name: str, data_dir: str) -> tuple[Split, Split, list[str]]:
+    """Training and test images and the class names of "cifar100" or "digits", on the CPU."""
+    return read_cifar100(data_dir) if name == "cifar100" else read_digits()
 
 
-def read_cifar100(data_dir: str) -> tuple[Images, Images, list[str]]:
+def read_cifar100(data_dir: str) -> tuple[Split, Split, list[str]]:
     """CIFAR-100 from DATA_DIR/cifar-100-python: 50,000 and 10,000 images. Raises DataError."""
-    try:
-        if not all(path.exists() for path, _ in _cifar100_files(data_dir)):
-            raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
-        official = [CIFAR100(data_dir, train=True), CIFAR100(data_dir, train=False)]
-    except RuntimeError as error:  # torchvision checks every md5 before it unpickles anything
-        _refuse_damaged_files(data_dir)
-        raise DataError(f"CIFAR-100 in {data_dir}: {error}") from error
-    except OSError as error:
-        raise DataError(f"CIFAR-100 in {data_dir} cannot be read: {error}") from error
+    if not all(path.exists() for path, _ in _cifar100_files(data_dir)):
+        raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
+    _refuse_damaged_files(data_dir)  # torchvision checks too, but does not name the file
     train, test = (
-        Images(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
-        for split in official
+        Split(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
+        for split in (CIFAR100(data_dir, train=True), CIFAR100(data_dir, train=False))
     )
     return train, test, CLASSES
 
@@ -113,82 +108,85 @@ def fetch_cifar100(data_dir: str) -> None:
     if all(path.exists() for path, _ in files):
         return
     _refuse_damaged_files(data_dir)
-    failures = []
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
     try:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
-        # Downloaded and unpacked beside its place, then renamed: no half file, whoever interrupts
-        # and whoever else does the same.
+        # Unpacked in a folder of its own, then renamed file by file: an interrupted download leaves
+        # no partial file, and two downloads at the same time do no harm.
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
-            for url in URLS:
-                try:
-                    download_url(url, scratch, CIFAR100.filename, CIFAR100.tgz_md5)
-                    break
-                except Exception as error:  # noqa: BLE001, for a network fails in a dozen types
-                    failures.append(f"  {url}: {error}")
-            else:
-                reasons = "\n".join(failures)
-                raise DataError(
-                    f"CIFAR-100 could not be downloaded. Put its official files into "
-                    f"{files[0][0].parent}, or try without any: python train.py --demo\n{reasons}"
-                )
-            extract_archive(str(Path(scratch, CIFAR100.filename)), scratch)
-            files[0][0].parent.mkdir(exist_ok=True)
+            _download_cifar100(scratch, data_dir)
             for path, _ in files:
+                path.parent.mkdir(exist_ok=True)
                 Path(scratch, CIFAR100.base_folder, path.name).replace(path)
     except OSError as error:
         raise DataError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
+
+
+def _download_cifar100(scratch: str, data_dir: str) -> None:
+    """Downloads and unpacks the archive into scratch from the first URL that has it."""
+    failures, default_timeout = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
+    try:
+        for url in URLS:
+            try:
+                return download_and_extract_archive(
+                    url, scratch, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
+                )
+            except Exception as error:  # noqa: BLE001, a network fails in a dozen types
+                failures.append(f"  {url}: {error}")
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(default_timeout)
+    reasons = "\n".join(failures)
+    raise DataError(
+        f"CIFAR-100 could not be downloaded. Put its official files into "
+        f"{Path(data_dir, CIFAR100.base_folder)}, or try without any: python train.py --demo\n"
+        f"{reasons}"
+    )
 
 
 def _cifar100_files(data_dir: str) -> list[tuple[Path, str]]:
+    """The official files, with their md5."""
     folder = Path(data_dir, CIFAR100.base_folder)
-    names = [
-        *CIFAR100.train_list,
-        *CIFAR100.test_list,
-        (CIFAR100.meta["filename"], CIFAR100.meta["md5"]),
-    ]
-    return [(folder / name, md5) for name, md5 in names]
+    meta = (CIFAR100.meta["filename"], CIFAR100.meta["md5"])
+    listed = [*CIFAR100.train_list, *CIFAR100.test_list, meta]
+    return [(folder / name, md5) for name, md5 in listed]
 
 
 def _refuse_damaged_files(data_dir: str) -> None:
     """Raises DataError for an official file with a wrong md5: none is overwritten unasked."""
     for path, md5 in _cifar100_files(data_dir):
-        if path.exists() and not check_integrity(path, md5):
+        try:
+            damaged = path.exists() and not check_integrity(path, md5)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if damaged:
             raise DataError(
                 f"{path} is damaged: its md5 is not the official {md5}.\n"
                 "Delete that file and start again: it will be downloaded afresh."
             )
 
 
-def read_digits(data_dir: str = "") -> tuple[Images, Images, list[str]]:
-    """scikit-learn's 1,797 scanned 8 x 8 digits, enlarged to RGB 32 x 32; a fifth of them tests."""
-    from sklearn.datasets import load_digits  # not at the top: a CIFAR-100 run need not wait for it
+def read_digits() -> tuple[Split, Split, list[str]]:
+    """scikit-learn's 1,797 scanned digits, 8 x 8, enlarged to RGB 32 x 32; a fifth is for testing."""
+    from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    ink = torch.from_numpy(digits.images / 16)[:, None]  # (N, 1, 8, 8); a scan counts from 0 to 16
+    scans = load_digits()
+    ink = torch.from_numpy(scans.images / 16)[:, None]  # (N, 1, 8, 8); a scan counts from 0 to 16
     images = F.interpolate(ink, 32, mode="bilinear").mul(255).round().byte().repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(digits.target).long()
+    labels = torch.from_numpy(scans.target).long()
     train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0
+        np.arange(len(labels)), test_size=0.2, stratify=scans.target, random_state=0
     )
-    everything = Images(images, labels)
-    return (
-        everything.select(torch.from_numpy(train)),
-        everything.select(torch.from_numpy(test)),
-        list("0123456789"),
-    )
+    digits = Split(images, labels)
+    return digits.select(train), digits.select(test), list("0123456789")
 
 
 def split_per_class(
     labels: Tensor, holdout_per_class: int, train_per_class: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the images that train and of a stratified hold-out: the same in every run.
+    """Indices of the images to train on and of a stratified hold-out: the same in every run.
 
-    train_per_class limits the training images of each class, 0 for all that the hold-out leaves.
+    train_per_class limits the training images per class; 0 takes all but the hold-out.
     """
     # Not the run's SEED: runs with different seeds must share their hold-out.
     rng = np.random.default_rng(100)
@@ -204,45 +202,34 @@ def split_per_class(
 # ---- augmentation: images float (B, 3, H, W) in [0, 1], one parameter per image (B,) ------------
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How strongly to augment; 0 leaves an operation out."""
-
-    flip: float  # probability of a horizontal flip
-    crop_padding: int  # pixels of black on every side before the crop back to the original size
-    brightness: float  # factor drawn from [max(0, 1 - brightness), 1 + brightness]
-    contrast: float  # likewise
-    saturation: float  # likewise
-    hue: float  # shift drawn from [-hue, hue], in turns of the colour wheel, at most 0.5
-    rotation: float  # angle drawn from [-rotation, rotation], degrees
-    grayscale: float  # probability of losing all colour
-
-
 def draw_parameters(
-    augmentation: Augmentation, count: int, generator: torch.Generator
+    settings: Namespace, count: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One value per image (count,) for each operation that is on, distributed as torchvision's."""
+    """One value per image (count,) for each active operation, distributed as torchvision's are.
+
+    settings: how strongly to augment, named as the constants of train.py; 0 leaves one out.
+    """
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(count).uniform_(low, high, generator=generator)
 
     parameters = {}
-    if augmentation.flip:
-        parameters["flip"] = uniform(0, 1) < augmentation.flip
-    if augmentation.crop_padding:
+    if settings.flip:
+        parameters["flip"] = uniform(0, 1) < settings.flip
+    if settings.crop_padding:
         for side in ("top", "left"):
             parameters[side] = torch.randint(
-                2 * augmentation.crop_padding + 1, (count,), generator=generator
+                2 * settings.crop_padding + 1, (count,), generator=generator
             )
     for name in ("brightness", "contrast", "saturation"):
-        if strength := getattr(augmentation, name):
+        if strength := getattr(settings, name):
             parameters[name] = uniform(max(0.0, 1 - strength), 1 + strength)
-    if augmentation.hue:
-        parameters["hue"] = uniform(-augmentation.hue, augmentation.hue)
-    if augmentation.rotation:
-        parameters["angle"] = uniform(-augmentation.rotation, augmentation.rotation)
-    if augmentation.grayscale:
-        parameters["grayscale"] = uniform(0, 1) < augmentation.grayscale
+    if settings.hue:
+        parameters["hue"] = uniform(-settings.hue, settings.hue)
+    if settings.rotation:
+        parameters["angle"] = uniform(-settings.rotation, settings.rotation)
+    if settings.grayscale:
+        parameters["grayscale"] = uniform(0, 1) < settings.grayscale
     return parameters
 
 
@@ -262,7 +249,7 @@ def augment(
     if "angle" in parameters:
         images = rotate(images, parameters["angle"])
     if "grayscale" in parameters:
-        images = torch.where(per_image(parameters["grayscale"]), luma(images), images)
+        images = torch.where(per_image(parameters["grayscale"]), rgb_to_grayscale(images), images)
     return images
 
 
@@ -277,7 +264,7 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    """The H x W pixels at each image's own (top, left), once padded with black on every side."""
+    """Pads with black on every side, then takes the H x W pixels at each image's (top, left)."""
     count, channels, height, width = images.shape
     device = images.device
     padded = F.pad(images, [padding] * 4)
@@ -287,12 +274,6 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
         (top[:, None] + torch.arange(height, device=device))[:, None, :, None],
         (left[:, None] + torch.arange(width, device=device))[:, None, None, :],
     ]
-
-
-def luma(images: Tensor) -> Tensor:
-    """Gray level (B, 1, H, W) by ITU-R BT.601 with torchvision's rounding of its weights."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
@@ -306,22 +287,21 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, luma(images).mean((1, 2, 3), keepdim=True), factor)
+    return blend(images, rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(images, luma(images), factor)
+    return blend(images, rgb_to_grayscale(images), factor)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns each image's hues by its shift, in turns of the colour wheel.
+    """Shifts the hues of each image, in turns of the colour wheel.
 
-    To hue, chroma and value and back: https://en.wikipedia.org/wiki/HSL_and_HSV, "From RGB" and
-    "HSV to RGB alternative".
+    Conversions: https://en.wikipedia.org/wiki/HSL_and_HSV, "From RGB" and "HSV to RGB alternative".
     """
     red, green, blue = images.unbind(1)
     value, chroma = images.amax(1), images.amax(1) - images.amin(1)
-    divisor = torch.where(chroma == 0, 1, chroma)  # a gray pixel has no hue; any will do
+    divisor = torch.where(chroma == 0, 1, chroma)  # a gray pixel has no hue; any value will do
     sextant = torch.where(
         value == red,
         (green - blue) / divisor,
@@ -347,8 +327,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Rotates square images counter-clockwise about their centres: bilinear, black outside."""
     size, radians = images.shape[-1], torch.deg2rad(degrees)[:, None, None]
     cos, sin = radians.cos(), radians.sin()
-    # Pixel centres from -1 to 1, y pointing down, and where in the input each comes from. Written
-    # out, because F.affine_grid multiplies matrices, which TF32 would round to a hundredth pixel.
+    # Pixel centres from -1 to 1, y pointing down, and where in the input each comes from. Not by
+    # F.affine_grid, a matrix product, which TF32 on a GPU would round to a hundredth of a pixel.
     steps = (torch.arange(size, device=images.device) * 2 + 1) / size - 1
     x, y = steps[None, None, :], steps[None, :, None]
     grid = torch.stack([cos * x - sin * y, sin * x + cos * y], 3)
@@ -358,17 +338,26 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 # ---- loaders ------------------------------------------------------------------------------------
 
 
-class Preprocess:
-    """Normalises float images in [0, 1], then resizes them: channels_last (B, 3, S, S)."""
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout of images and weights: channels_last, the faster one for convolutions.
+
+    Contiguous on MPS, where batch norm has wrong gradients for channels_last: pytorch issue 175189.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+class NormalizeAndResize:
+    """Float images in [0, 1] to normalized ones (B, 3, S, S) in the device's memory format."""
 
     def __init__(self, image_size: int, device: torch.device) -> None:
         self.image_size = image_size
-        # Made once, for copying them to the GPU in every batch would wait for it.
+        self.memory_format = memory_format(device)
+        # Made once: copying them to the GPU for every batch would make the host wait.
         self.mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
         self.std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        images = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         if images.shape[-1] == self.image_size:
             return images
         return F.interpolate(
@@ -377,86 +366,72 @@ class Preprocess:
 
 
 class TrainLoader:
-    """Augmented training batches: images float32 (B, 3, S, S) channels_last, labels int64 (B,).
+    """Augmented training batches: images float32 (B, 3, S, S), labels int64 (B,).
 
-    batch_size is global: with several processes each takes its slice, B = batch_size / world_size,
-    of the same permutation with the same augmentation. The ragged last batch is dropped; a batch is
-    never larger than the data.
+    batch_size is global: with several processes, each gets its slice, B = batch_size / world_size,
+    of the same permutation with the same augmentation. The last, incomplete batch is dropped; a
+    batch is never larger than the data.
     """
 
     def __init__(
-        self,
-        data: Images,
-        batch_size: int,
-        image_size: int,
-        augmentation: Augmentation,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.images, self.labels = data
-        self.batch_size = min(batch_size, len(self.labels) // world_size * world_size)
-        self.preprocess = Preprocess(image_size, self.images.device)
-        self.augmentation = augmentation
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        """settings: the constants of train.py, in lower case."""
+        self.images, self.labels = split
+        self.settings, self.rank, self.world_size = settings, rank, world_size
+        self.batch_size = min(settings.batch_size, len(self.labels) // world_size * world_size)
+        self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.images.device)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches per epoch."""
         return len(self.labels) // self.batch_size
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch, a pure function of (seed, epoch).
 
-        All its random numbers are drawn on the CPU and copied over at its start: the same images on
-        every kind of device, and no host synchronisation later.
+        All random numbers are drawn on the CPU and copied over at the start of the epoch: the same
+        images on every kind of device, and no synchronization with the host later.
         """
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
         count = len(self) * self.batch_size
         order = torch.randperm(len(self.labels), generator=generator)[:count]
-        parameters = draw_parameters(self.augmentation, count, generator)
+        parameters = draw_parameters(self.settings, count, generator)
         jitter_orders = torch.rand(len(self), len(JITTER), generator=generator).argsort(1).tolist()
 
         device = self.images.device
         order = order.to(device)
         parameters = {name: values.to(device) for name, values in parameters.items()}
-        share = self.batch_size // self.world_size
+        local_batch_size = self.batch_size // self.world_size
         for step, jitter_order in enumerate(jitter_orders):
-            start = step * self.batch_size + self.rank * share
-            batch = slice(start, start + share)
+            start = step * self.batch_size + self.rank * local_batch_size
+            batch = slice(start, start + local_batch_size)
             images = augment(
                 self.images[order[batch]],
                 {name: values[batch] for name, values in parameters.items()},
-                self.augmentation.crop_padding,
+                self.settings.crop_padding,
                 jitter_order,
             )
-            yield self.preprocess(images), self.labels[order[batch]]
+            yield self.normalize_and_resize(images), self.labels[order[batch]]
 
 
 class EvalLoader:
-    """Batches for evaluation, in order, resized and normalised alone; every image exactly once.
+    """Batches of images for evaluation, resized and normalized only, in order, each image once."""
 
-    With several processes each takes every world_size-th image; images and labels are its own.
-    """
-
-    def __init__(
-        self, data: Images, batch_size: int, image_size: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.images, self.labels = data.images[rank::world_size], data.labels[rank::world_size]
-        self.batch_size = batch_size
-        self.preprocess = Preprocess(image_size, self.images.device)
+    def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:
+        """images: uint8 (N, 3, 32, 32)."""
+        self.images, self.batch_size = images, batch_size
+        self.normalize_and_resize = NormalizeAndResize(image_size, images.device)
 
     def __len__(self) -> int:
-        """Batches in one pass."""
-        return math.ceil(len(self.labels) / self.batch_size)
+        """Batches per pass."""
+        return math.ceil(len(self.images) / self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(
-            self.images.split(self.batch_size), self.labels.split(self.batch_size)
-        ):
-            yield self.preprocess(images.float() / 255), labels
+    def __iter__(self) -> Iterator[Tensor]:
+        for images in self.images.split(self.batch_size):
+            yield self.normalize_and_resize(images.float() / 255)
 
 
 def mix_seed(*numbers: int) -> int:
-    """One seed out of several numbers below 2**32, mixed by numpy, since sums would collide."""
-    padded = [len(numbers), *numbers]  # numpy takes (1,) for (1, 0)
+    """One seed from several numbers below 2**32, mixed by numpy, because sums would collide."""
+    padded = [len(numbers), *numbers]  # to numpy, (1,) and (1, 0) are the same
     return int(np.random.SeedSequence(padded).generate_state(1, np.uint64)[0])

@@ -1,21 +1,24 @@
-"""ResNet-50 with a small head for fine-tuning, and the one function that evaluates it."""
+"""ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import get_model, get_model_weights
 from tqdm import tqdm
+
+ARCHITECTURE = "resnet50"  # or another of torchvision's networks that end in a layer named fc
 
 
 class WeightsError(SystemExit):
-    """Pretrained weights that cannot be had or do not fit. Uncaught: its message, exit status 1."""
+    """Pretrained weights are missing or do not fit. Uncaught: its message, exit status 1."""
 
 
 class Head(nn.Sequential):
-    """Linear 512, ReLU, Dropout 0.5, Linear num_classes; in full precision also under autocast.
+    """Linear 512, ReLU, Dropout 0.5, Linear num_classes; in full precision even under autocast.
 
-    Logits in bfloat16 tie, and ties make accuracies that depend on the order of sums.
+    Logits in bfloat16 tie, and with ties the accuracy depends on the order of sums.
     """
 
     def __init__(self, num_features: int, num_classes: int) -> None:
@@ -29,46 +32,44 @@ class Head(nn.Sequential):
 
 
 def build_model(num_classes: int, weights: str = "") -> nn.Module:
-    """torchvision's ResNet-50 with its fc replaced by Head.
+    """torchvision's ResNet-50 with Head in place of its fc.
 
     weights: a torchvision name ("IMAGENET1K_V2": downloaded, its hash checked), the path of a
     state_dict file in torchvision's layout (its own fc is ignored), or "" for random weights.
     Raises WeightsError.
     """
-    model = resnet50()
+    model = get_model(ARCHITECTURE)
     model.fc = Head(model.fc.in_features, num_classes)
     if weights:
-        pretrained = {
-            name: tensor
-            for name, tensor in read_weights(weights).items()
-            if not name.startswith("fc.")
-        }
         head = {f"fc.{name}": tensor for name, tensor in model.fc.state_dict().items()}
+        pretrained = read_weights(weights)
+        backbone = {name: pretrained[name] for name in pretrained if not name.startswith("fc.")}
         try:
-            model.load_state_dict(pretrained | head)
+            model.load_state_dict(backbone | head)
         except RuntimeError as error:
             reasons = str(error).splitlines()
             raise WeightsError(
-                f"{weights} does not fit torchvision's resnet50: {reasons[1].strip()}"
+                f"{weights} does not fit torchvision's {ARCHITECTURE}: {reasons[1].strip()}"
             ) from error
     return model
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
     """The state_dict behind a torchvision name or a path. Raises WeightsError."""
-    if weights in ResNet50_Weights.__members__:
+    names = get_model_weights(ARCHITECTURE).__members__
+    if weights in names:
         try:
-            return ResNet50_Weights[weights].get_state_dict(check_hash=True, weights_only=True)
+            return names[weights].get_state_dict(check_hash=True, weights_only=True)
         except Exception as error:
             raise WeightsError(
                 f"Weights {weights} could not be downloaded: {error}\n"
-                f"Download {ResNet50_Weights[weights].url} elsewhere and pass its path, "
+                f"Download {names[weights].url} elsewhere and pass its path, "
                 'or train from scratch with --weights ""'
             ) from error
     if not Path(weights).is_file():
-        names = ", ".join(ResNet50_Weights.__members__)
         raise WeightsError(
-            f'Weights {weights} not found. Expected {names}, the path of a state_dict file, or "".'
+            f"Weights {weights} not found. "
+            f'Expected {", ".join(names)}, the path of a state_dict file, or "".'
         )
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -80,10 +81,17 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         ) from error
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Computes in bfloat16 or float16 where that is safe; does nothing for float32 and float64."""
+    return torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4)
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, loader, dtype: torch.dtype, progress: bool = False) -> Tensor:
+def predict(
+    model: nn.Module, loader: Iterable[Tensor], dtype: torch.dtype, progress: bool = False
+) -> Tensor:
     """Logits float (N, num_classes) of all N images of a data.EvalLoader, in its order."""
     model.eval()
     batches = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
-    with torch.autocast(loader.images.device.type, dtype, enabled=dtype.itemsize < 4):
-        return torch.cat([model(images) for images, _ in batches])
+    with autocast(next(model.parameters()).device, dtype):
+        return torch.cat([model(images) for images in batches])

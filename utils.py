@@ -1,22 +1,24 @@
-"""What a run needs around its loop: flags, device, processes, early stopping, checkpoints."""
+"""What a run needs around its loop: flags, device, processes, checkpoints, messages."""
 
 import argparse
 import ast
 import csv
 import os
+import shlex
 import signal
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -32,12 +34,24 @@ class UserError(SystemExit):
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+    def error(self, message: str) -> NoReturn:
+        _usage_error(f"{message}; --help lists the flags")
+
+
+def _usage_error(message: str) -> NoReturn:
+    """Ends the script with one line, from its first process, and exit status 2."""
+    if this_process().rank == 0:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def refuse_flag(name: str, value: object, expected: str) -> NoReturn:
+    """Ends the script with one line about a flag's value and exit status 2."""
+    _usage_error(f"--{name.replace('_', '-')} {value!r}: expected {expected}")
 
 
 def read_constants(script: str) -> dict[str, tuple[object, str]]:
-    """The value and the comment of every ALL_CAPS constant of a script. Raises UserError."""
+    """The value and the comment of every ALL_CAPS literal of a script. Raises UserError."""
     constants, source = {}, Path(script).read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
@@ -53,28 +67,29 @@ def read_constants(script: str) -> dict[str, tuple[object, str]]:
     return constants
 
 
-def parse_flags(
-    script: str, argv: list[str] | None, description: str, presets: dict[str, dict] | None = None
-) -> tuple[argparse.Namespace, dict]:
-    """Makes a flag of every constant of a script, with its comment for help.
+def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """Makes a flag of every constant of a script, with its comment as the help, and checks it.
 
-    EPOCHS = 60 gives --epochs INT, a bool gives --flag and --no-flag, a list takes several values,
-    a dict is left alone. presets maps the name of a bool to settings that stand in for the
-    constants while it is on; flags given by hand beat both. Returns the settings, in lower case,
-    and those that differ from the script's. A bad flag ends it with one line and exit status 2.
+    EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
+    values. Two dicts of the script are used instead: ALLOWED gives the range (low, high) of a
+    constant, its choices [...], or what is expected of a text that must not be empty. With --demo,
+    DEMO_SETTINGS replaces the script's values; flags win over both. Returns the settings, with
+    names in lower case, and those that differ from the script's. A bad flag ends the script with
+    one line and exit status 2.
     """
+    constants = read_constants(script)
+    allowed, demo_settings = (
+        {name.lower(): setting for name, setting in constants.pop(table, ({}, ""))[0].items()}
+        for table in ("ALLOWED", "DEMO_SETTINGS")
+    )
     parser = _Parser(
         prog=Path(script).name,
-        description=description,
+        description=ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    constants = {}
-    for name, (value, comment) in read_constants(script).items():
-        if isinstance(value, dict):
-            continue
-        constants[name.lower()] = value
+    for name, (value, comment) in constants.items():
         options = {"help": f"{comment} (default: {value!r})".replace("%", "%%")}
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -85,22 +100,27 @@ def parse_flags(
         parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
 
     given = vars(parser.parse_args(argv))
-    settings = constants | given
-    for switch, preset in (presets or {}).items():
-        if settings[switch]:
-            settings = constants | {name.lower(): value for name, value in preset.items()} | given
-    changed = {name: value for name, value in settings.items() if value != constants[name]}
+    defaults = {name.lower(): value for name, (value, _) in constants.items()}
+    settings = defaults | given
+    if settings.get("demo"):
+        settings = defaults | demo_settings | given
+    for name, rule in allowed.items():
+        _check_setting(name, settings[name], rule)
+    changed = {name: value for name, value in settings.items() if value != defaults[name]}
     return argparse.Namespace(**settings), changed
 
 
-def require(condition: bool, name: str, value: object, expected: str) -> None:
-    """Ends the script with one line and exit status 2 unless a flag's value is as expected."""
-    if condition:
-        return
-    if this_process().rank == 0:
-        flag = f"--{name.replace('_', '-')}"
-        print(f"{Path(sys.argv[0]).name}: {flag} {value}: expected {expected}", file=sys.stderr)
-    raise SystemExit(2)
+def _check_setting(name: str, value: object, rule: tuple | list | str) -> None:
+    """Refuses a value that is outside its range, not among its choices, or an empty text."""
+    if isinstance(rule, tuple):
+        low, high = rule
+        fits, expected = low <= value <= high, f"{low:,} to {high:,}"  # False for NaN too
+    elif isinstance(rule, list):
+        fits, expected = value in rule, f"one of {', '.join(rule)}"
+    else:
+        fits, expected = value != "", rule
+    if not fits:
+        refuse_flag(name, value, expected)
 
 
 # ---- device and precision -----------------------------------------------------------------------
@@ -109,43 +129,42 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """CUDA, then MPS, then the CPU; or the one named. Raises UserError for an unusable GPU."""
-    if name == "cpu":
-        return torch.device("cpu")
+    """The device that is named; "auto" is CUDA, else the CPU. Raises UserError if it is unusable.
+
+    MPS is never chosen by "auto", because nobody has tried it.
+    """
     if name in ("auto", "cuda"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             available = torch.cuda.is_available()
         if available:
             return _checked_gpu(local_rank)
-        if caught:  # a driver is there, but torch cannot use it: an old one, mostly
+        if caught:  # a driver is there, but torch cannot use it: usually an old one
             reason = str(caught[0].message).splitlines()[0]
             raise UserError(
                 f"There is a GPU, but torch {torch.__version__} cannot use it: {reason}\n"
                 "Update the driver, install a torch built for it, or run with --device cpu"
             )
-    if name in ("auto", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    if name != "auto":
+    if name == "cuda" or (name == "mps" and not torch.backends.mps.is_available()):
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds none here. Try --device auto"
         )
-    return torch.device("cpu")
+    return torch.device("cpu" if name == "auto" else name)
 
 
 def _checked_gpu(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"This machine has {torch.cuda.device_count()} GPUs, too few for one a process: "
+            f"This machine has {torch.cuda.device_count()} GPUs, but one per process is needed: "
             "lower torchrun's --nproc-per-node"
         )
     device = torch.device("cuda", local_rank)
     try:
         torch.zeros(1, device=device).add_(1).item()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"GPU {local_rank} is full: another program is using it") from error
-    except RuntimeError as error:  # this build has no kernels for it, or it is broken
-        raise UserError(
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise UserError(f"GPU {local_rank} is full: another program is using it") from error
+        raise UserError(  # this build has no kernels for it, or it is broken
             f"torch {torch.__version__} cannot compute on {torch.cuda.get_device_name(device)}: "
             f"{str(error).splitlines()[0]}\nInstall a torch built for it, or run with --device cpu"
         ) from error
@@ -169,18 +188,18 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works; it needs Triton on GPUs, a C++ compiler on CPUs."""
+    """Whether torch.compile works; it needs Triton on GPUs and a C++ compiler on CPUs."""
     try:
         torch.compile(lambda x: x.sin() + x.cos())(torch.ones(8, device=device))
-    except Exception as error:  # noqa: BLE001, of many types, by what is missing
+    except Exception as error:  # noqa: BLE001, its type depends on what is missing
         reason = str(error).splitlines()[0]
-        say("warning", f"torch.compile does not work here, going on without: {reason}")
+        say("warning", f"torch.compile does not work here, continuing without it: {reason}")
         return False
     return True
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The GPU's model, or "CPU" with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else "MPS"
@@ -196,7 +215,7 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     restarts: int = 0  # how often torchrun has restarted the workers
-    launcher: str = ""  # tells one torchrun from another; stays the same over its restarts
+    launcher: str = ""  # identifies one torchrun; unchanged when it restarts its workers
 
 
 def this_process() -> Processes:
@@ -209,19 +228,40 @@ def this_process() -> Processes:
 
 
 def connect(processes: Processes, device: torch.device) -> None:
-    """Joins the process group, NCCL on GPUs and gloo elsewhere, where torchrun started several."""
-    if processes.world_size == 1 and not processes.launcher:
+    """Joins the process group, NCCL on GPUs and gloo elsewhere, if torchrun started this run."""
+    if not processes.launcher:
         return
-    options = {"timeout": timedelta(hours=1)}  # the first process of a machine may be downloading
+    options = {"timeout": timedelta(minutes=10)}
     if device.type == "cuda":
         options["device_id"] = device
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # A restarted group must not read the addresses that the dead one left in torchrun's store.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False)
-        options["store"] = dist.PrefixStore(f"attempt_{processes.restarts}", store)
-        options |= {"rank": processes.rank, "world_size": processes.world_size}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    with _default_signals():
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # A restarted group must not read the addresses that the dead one left in the store.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False)
+            options["store"] = dist.PrefixStore(f"attempt_{processes.restarts}", store)
+            options |= {"rank": processes.rank, "world_size": processes.world_size}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+
+
+def wait_for_download() -> None:
+    """Returns once every process has come here; one of them may be downloading for an hour."""
+    if dist.is_initialized():
+        with _default_signals():
+            group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+            dist.barrier(group)
+
+
+@contextmanager
+def _default_signals() -> Iterator[None]:
+    """Lets signals end the process while it waits in C++, where Python's handlers do not run."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(signum, signal.SIG_DFL) for signum in signals]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(signals, handlers):
+            signal.signal(signum, handler)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -231,61 +271,20 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def wait_for_all() -> None:
-    """Returns once every process has come here."""
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives every process the values of rank 0, in place."""
     if dist.is_initialized():
-        dist.barrier()
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
-def broadcast_buffers(model: nn.Module) -> None:
-    """Gives every process rank 0's batch-norm statistics."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
-
-
-def disconnect(lock: object) -> None:
-    """Leaves the process group and lets the checkpoint folder go."""
+def disconnect() -> None:
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    if lock:
-        lock.close()
 
 
-# ---- early stopping -----------------------------------------------------------------------------
-
-
-class EarlyStopping:
-    """Remembers the best epoch and says when `patience` epochs have passed without a better one."""
-
-    def __init__(self, patience: int, mode: str) -> None:
-        """mode: "min" or "max", as in ReduceLROnPlateau."""
-        self.patience, self.mode = patience, mode
-        self.best, self.best_epoch, self.bad_epochs = None, 0, 0
-
-    def step(self, value: float, epoch: int) -> bool:
-        """Takes an epoch's figure; True if it is the best so far."""
-        sign = 1 if self.mode == "min" else -1
-        better = self.best is None or sign * value < sign * self.best
-        if better:
-            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
-        else:
-            self.bad_epochs += 1
-        return better
-
-    @property
-    def should_stop(self) -> bool:
-        return self.bad_epochs >= self.patience
-
-    def state_dict(self) -> dict:
-        return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name in self.state_dict():
-            setattr(self, name, state[name])
-
-
-# ---- checkpoints --------------------------------------------------------------------------------
+# ---- checkpoints: format, writing, reading, finding, restoring ----------------------------------
 
 FORMAT = "resnet50-cifar100 checkpoint 1"
 CONTENTS = {
@@ -295,14 +294,14 @@ CONTENTS = {
     "precision": str,  # a key of DTYPES
     "dataset": str,  # "cifar100" or "digits"
     "classes": list,  # their names
-    "history": list,  # a dict of figures an epoch
-}  # last.pt also holds optimizer, scheduler, scaler, stopping and launcher
+    "history": list,  # a dict of figures per epoch
+}  # last.pt also holds launcher and the state of all else that training changes
 RUN_FILES = ("best.pt", "last.pt", "history.csv")
 
 
 @contextmanager
-def written_whole(path: Path, mode: str) -> Iterator:
-    """Opens a temporary file that takes path's place when the block ends well: never a half file.
+def atomic_write(path: Path, mode: str) -> Iterator:
+    """Opens a temporary file that replaces path once it is complete and on disk.
 
     Raises UserError, with the earlier file intact, when the disk is full.
     """
@@ -327,9 +326,34 @@ def written_whole(path: Path, mode: str) -> Iterator:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes tensors and plain types, whole or not at all."""
-    with written_whole(path, "wb") as file:
+    """Writes tensors and plain types, completely or not at all."""
+    with atomic_write(path, "wb") as file:
         torch.save({"format": FORMAT} | state, file)
+
+
+def save_run(
+    folder: Path,
+    metadata: dict,
+    parts: dict[str, object],
+    history: list[dict],
+    is_best: bool = False,
+) -> None:
+    """Writes best.pt if the last epoch is the best, then last.pt and history.csv.
+
+    parts: what training changes, by name, each with a state_dict(); best.pt holds "model" alone.
+    best.pt comes first, so that no last.pt on disk is ahead of the best.pt beside it.
+    """
+    epoch = history[-1]["epoch"] if history else 0
+    result = metadata | {"epoch": epoch, "history": history, "model": parts["model"].state_dict()}
+    if is_best:
+        save_checkpoint(folder / "best.pt", result)
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(folder / "last.pt", result | states)
+    if history:
+        with atomic_write(folder / "history.csv", "w") as file:
+            rows = csv.DictWriter(file, history[0], lineterminator="\n")
+            rows.writeheader()
+            rows.writerows(history)
 
 
 def _load_safely(file: BinaryIO) -> object:
@@ -350,7 +374,10 @@ def _load_safely(file: BinaryIO) -> object:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError."""
+    """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError.
+
+    A constant that it lacks is younger than its run and gets train.py's default, which means off.
+    """
     try:
         with open(path, "rb") as file:
             checkpoint = _load_safely(file)
@@ -364,6 +391,9 @@ def load_checkpoint(path: Path) -> dict:
                 raise ValueError("it claims more bytes than it has")
             if not tensor.isfinite().all():
                 raise ValueError("its weights are not finite")
+        for name in ("batch_size", "image_size", "holdout_per_class", "watch"):  # never younger
+            if name not in checkpoint["constants"]:
+                raise ValueError(f"its constant {name.upper()} is missing")
     except FileNotFoundError:
         raise UserError(f"{path} not found. Train one with: python train.py") from None
     except Exception as error:
@@ -372,12 +402,48 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} cannot be used: {reason.splitlines()[0]}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
+    constants = read_constants(str(Path(__file__).with_name("train.py")))
+    defaults = {name.lower(): value for name, (value, _) in constants.items()}
+    return checkpoint | {"constants": defaults | checkpoint["constants"]}
+
+
+def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
+    """The checkpoint that this run continues: with --resume, or after torchrun restarted it.
+
+    Raises UserError if a constant differs that says more than how long, where and how to continue.
+    """
+    restarted = processes.restarts > 0 and path.exists()
+    if not (args.resume or restarted):
+        return None
+    checkpoint = load_checkpoint(path)
+    if not args.resume and checkpoint.get("launcher") != processes.launcher:
+        return None  # of an earlier run: this one was restarted before it had saved anything
+    may_change = {"epochs", "scheduler_patience", "early_stopping_patience"}  # how long
+    may_change |= {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}  # where and how
+    for name, value in vars(args).items():
+        stored = checkpoint["constants"].get(name)
+        if value != stored and name not in may_change:
+            raise UserError(
+                f"{path} was trained with {name.upper()} = {stored!r}, now it is {value!r}.\n"
+                "Set it back to continue that run, or start a new one without --resume"
+            )
     return checkpoint
 
 
+def restore(checkpoint: dict, path: Path, parts: dict[str, object]) -> None:
+    """Loads each part's state from the checkpoint. Raises UserError if it does not fit."""
+    with explained_misfit(path):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        for parameter, state in parts["optimizer"].state.items():  # which torch does not check
+            if state["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("the optimizer's state has other shapes than the model")
+    say("resume", f"{path}, after epoch {checkpoint['epoch']}")
+
+
 @contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Raises UserError where a checkpoint's state does not fit what it is loaded into."""
+def explained_misfit(path: Path) -> Iterator[None]:
+    """Raises UserError where a checkpoint's contents do not fit what they are loaded into."""
     try:
         yield
     except Exception as error:
@@ -385,12 +451,11 @@ def fitting(path: Path) -> Iterator[None]:
         raise UserError(f"{path} does not fit this program: {lines[-1].strip()}") from error
 
 
-def write_history(path: Path, history: list[dict]) -> None:
-    """One row an epoch, as a CSV file."""
-    with written_whole(path, "w") as file:
-        rows = csv.DictWriter(file, history[0], lineterminator="\n")
-        rows.writeheader()
-        rows.writerows(history)
+def resume_command(argv: list[str]) -> str:
+    """The command that continues the run that was started with argv."""
+    flags = [flag for flag in argv if flag != "--resume"]
+    launcher = "torchrun ..." if this_process().launcher else "python"
+    return f"{launcher} {shlex.join(['train.py', *flags, '--resume'])}"
 
 
 def move_aside(folder: Path) -> None:
@@ -405,16 +470,16 @@ def move_aside(folder: Path) -> None:
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
-def lock_folder(folder: Path) -> object:
-    """Creates a folder and keeps other runs out of it while the returned file is open."""
+def lock_folder(folder: Path, rank: int = 0) -> object:
+    """Creates a folder; rank 0 keeps other runs out of it while the returned file is open."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115, its owner is the caller
+        file = open(folder / ".lock", "a")  # noqa: SIM115, the caller closes it
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error.strerror}. Choose another --checkpoint-dir"
         ) from error
-    if fcntl:
+    if fcntl and rank == 0:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -426,18 +491,23 @@ def lock_folder(folder: Path) -> object:
     return file
 
 
-# ---- what a person sees -------------------------------------------------------------------------
+# ---- messages -----------------------------------------------------------------------------------
 
 
 def say(label: str, text: str) -> None:
-    """One labelled line on stdout from the run's first process, at once also in a pipe."""
+    """Prints one labelled line from the run's first process, at once also into a pipe."""
     if this_process().rank == 0:
         print(f"{label:<8} {text}", flush=True)
 
 
 def on_terminal() -> bool:
-    """Whether a progress bar has a terminal to live on: in the run's first process only."""
+    """Whether this process shows progress bars: the first one, on a terminal."""
     return sys.stderr.isatty() and this_process().rank == 0
+
+
+def progress_bar(description: str, total: int, unit: str) -> tqdm:
+    """A bar that disappears when it is closed; invisible unless on_terminal()."""
+    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not on_terminal())
 
 
 class _Terminated(BaseException):
@@ -448,10 +518,10 @@ class _Terminated(BaseException):
 def explained_exit(
     what_is_safe: Callable[[], str], memory_advice: str = "another program may be using it"
 ) -> Iterator[None]:
-    """Ends the script with a message instead of a traceback on what can befall a run in its middle.
+    """Ends the script with a message instead of a traceback when a run is cut short.
 
-    Ctrl-C and SIGTERM (exit status 130 and 143), a closed pipe, a loss that is not finite,
-    exhausted GPU memory.
+    That is Ctrl-C and SIGTERM (exit status 130 and 143), a closed output pipe, a loss that is not
+    finite, exhausted GPU memory, a GPU that fails.
     """
 
     def terminate(signum: int, frame: object) -> None:
@@ -462,14 +532,18 @@ def explained_exit(
         yield
     except (KeyboardInterrupt, _Terminated) as error:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)  # an impatient second one
+            signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
         if this_process().rank == 0:
             print(f"\nstopped  {what_is_safe()}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
-        raise UserError(f"stopped  nobody reads the output any more.\n{what_is_safe()}") from None
+        raise UserError(f"stopped  the output pipe was closed.\n{what_is_safe()}") from None
     except FloatingPointError as error:
         raise UserError(f"stopped  {error}. Try a lower one.\n{what_is_safe()}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"GPU memory is exhausted: {memory_advice}.\n{what_is_safe()}") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if "out of memory" in str(error):
+            reason = f"GPU memory is exhausted: {memory_advice}."
+        else:
+            reason = f"the GPU failed: {str(error).splitlines()[0]}"
+        raise UserError(f"stopped  {reason}\n{what_is_safe()}") from error
