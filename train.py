@@ -133,9 +133,10 @@ def main(argv: list[str] | None = None) -> None:
     # Data, network and optimizer
     dataset = "digits" if args.demo else "cifar100"
     train_loader, val_loader, val_labels, classes = make_loaders(dataset, args, processes, device)
-    torch.manual_seed(data.mix_seed(args.seed))  # for the head
+    torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
-    model = resnet.build_model(len(classes), weights)
+    with utils.downloading():
+        model = resnet.build_model(len(classes), weights)
     run = make_run(args, model.to(device, memory_format=data.memory_format(device)), precision)
     describe(run, args, train_loader, val_loader)
 
@@ -332,9 +333,9 @@ def make_loaders(
     dataset: str, args: Namespace, processes: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, list[str]]:
     """The loaders, on the device; the labels of this process's validation images; class names."""
-    if dataset == "cifar100" and processes.local_rank == 0:  # one process per machine downloads
-        data.fetch_cifar100(args.data_dir)
-    utils.wait_for_download()
+    with utils.downloading():
+        if dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
+            data.fetch_cifar100(args.data_dir)
     train_split, test_split, classes = data.read_dataset(dataset, args.data_dir)
     train, holdout = data.split_per_class(
         train_split.labels, args.holdout_per_class, args.train_per_class

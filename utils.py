@@ -244,12 +244,21 @@ def connect(processes: Processes, device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
-def wait_for_download() -> None:
-    """Returns once every process has come here; one of them may be downloading for an hour."""
-    if dist.is_initialized():
-        with _default_signals():
-            group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-            dist.barrier(group)
+@contextmanager
+def downloading() -> Iterator[None]:
+    """Lets every process wait until all have left the block, for up to an hour.
+
+    The wait has a group of its own, which exists before the block: a barrier notices when another
+    process dies, while new_group() would go on waiting for it.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    with _default_signals():
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    yield
+    with _default_signals():
+        dist.barrier(group)
 
 
 @contextmanager
