@@ -203,11 +203,12 @@ def split_per_class(
 
 
 def draw_parameters(
-    settings: Namespace, count: int, generator: torch.Generator
+    settings: Namespace, count: int, size: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One value per image (count,) for each active operation, distributed as torchvision's are.
+    """Values per image (count, ...) for each active operation, distributed as torchvision's are.
 
     settings: how strongly to augment, named as the constants of train.py; 0 leaves one out.
+    size: pixels per side of the images.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -230,7 +231,33 @@ def draw_parameters(
         parameters["angle"] = uniform(-settings.rotation, settings.rotation)
     if settings.grayscale:
         parameters["grayscale"] = uniform(0, 1) < settings.grayscale
+    if settings.mixup or settings.cutmix:
+        seed = torch.randint(2**63 - 1, (), generator=generator).item()
+        parameters |= draw_mixing(settings.mixup, settings.cutmix, count, size, seed)
     return parameters
+
+
+def draw_mixing(mixup: float, cutmix: float, count: int, size: int, seed: int) -> dict[str, Tensor]:
+    """How to mix each image with its partner: pixel weight, box from the partner, label weight.
+
+    mixup and cutmix are the alphas of Beta(alpha, alpha), 0 for none; with both, each image gets
+    one or the other with equal probability. Zhang et al. 2018, arXiv 1710.09412; Yun et al. 2019,
+    arXiv 1905.04899.
+    """
+    rng = np.random.default_rng(seed)
+    cut = rng.random(count) < (0.5 if mixup and cutmix else bool(cutmix))
+    weight = rng.beta(*[np.where(cut, cutmix or 1, mixup or 1)] * 2)
+    center = rng.integers(size, size=(2, count))
+    half = np.where(cut, np.sqrt(1 - weight) * size / 2, 0).astype(int)
+    box = np.stack([(center - half).clip(0), (center + half).clip(max=size)], 2)  # (2, count, 2)
+    area = (box[..., 1] - box[..., 0]).prod(0) / size**2
+    mixing = {
+        "pixel_weight": np.where(cut, 1, weight),
+        "box_rows": box[0],  # first and end
+        "box_columns": box[1],
+        "label_weight": np.where(cut, 1 - area, weight),
+    }
+    return {name: torch.from_numpy(values).float() for name, values in mixing.items()}
 
 
 def augment(
@@ -250,7 +277,33 @@ def augment(
         images = rotate(images, parameters["angle"])
     if "grayscale" in parameters:
         images = torch.where(per_image(parameters["grayscale"]), rgb_to_grayscale(images), images)
+    if "pixel_weight" in parameters:
+        images = mix_images(images, parameters)
     return images
+
+
+def partners(batch: Tensor) -> Tensor:
+    """The batch (B, ...), B even, with neighbours swapped: item i is the former i ^ 1."""
+    return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def mix_images(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """Blends each image with its partner, then takes the pixels in its box from the partner."""
+    others, position = partners(images), torch.arange(images.shape[-1], device=images.device)
+    rows, columns = (
+        (parameters[name][:, :1] <= position) & (position < parameters[name][:, 1:])
+        for name in ("box_rows", "box_columns")
+    )
+    weight = per_image(parameters["pixel_weight"])
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    return torch.where(inside, others, weight * images + (1 - weight) * others)
+
+
+def mix_labels(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """Class probabilities (B, num_classes): weight for the label, the rest for the partner's."""
+    numbers = torch.arange(num_classes, device=labels.device)
+    one_hot = (labels[:, None] == numbers).to(weight.dtype)
+    return weight[:, None] * one_hot + (1 - weight[:, None]) * partners(one_hot)
 
 
 def per_image(values: Tensor) -> Tensor:
@@ -368,10 +421,13 @@ class NormalizeAndResize:
 class TrainLoader:
     """Augmented training batches: images float32 (B, 3, S, S), labels int64 (B,).
 
-    batch_size is global: with several processes, each gets its slice, B = batch_size / world_size,
-    of the same permutation with the same augmentation. The last, incomplete batch is dropped; a
-    batch is never larger than the data.
+    With mixup or CutMix, labels are class probabilities float32 (B, num_classes). The batch size is
+    global: with several processes, each gets its slice, B = batch_size / world_size, of the same
+    permutation with the same augmentation. The last, incomplete batch is dropped; a batch is never
+    larger than the data.
     """
+
+    unit = "epoch"  # what one pass is called
 
     def __init__(
         self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
@@ -379,7 +435,9 @@ class TrainLoader:
         """settings: the constants of train.py, in lower case."""
         self.images, self.labels = split
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        self.batch_size = min(settings.batch_size, len(self.labels) // world_size * world_size)
+        step = world_size * (2 if settings.mixup or settings.cutmix else 1)  # whole pairs
+        self.batch_size = min(settings.batch_size, len(self.labels) // step * step)
+        self.num_classes = int(self.labels.max()) + 1
         self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.images.device)
 
     def __len__(self) -> int:
@@ -393,25 +451,49 @@ class TrainLoader:
         images on every kind of device, and no synchronization with the host later.
         """
         generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
-        count = len(self) * self.batch_size
+        count, size = len(self) * self.batch_size, self.images.shape[-1]
         order = torch.randperm(len(self.labels), generator=generator)[:count]
-        parameters = draw_parameters(self.settings, count, generator)
+        parameters = draw_parameters(self.settings, count, size, generator)
         jitter_orders = torch.rand(len(self), len(JITTER), generator=generator).argsort(1).tolist()
 
-        device = self.images.device
-        order = order.to(device)
-        parameters = {name: values.to(device) for name, values in parameters.items()}
-        local_batch_size = self.batch_size // self.world_size
-        for step, jitter_order in enumerate(jitter_orders):
-            start = step * self.batch_size + self.rank * local_batch_size
-            batch = slice(start, start + local_batch_size)
+        order = order.to(self.images.device)
+        parameters = {name: values.to(order.device) for name, values in parameters.items()}
+        for jitter_order, batch in zip(jitter_orders, self.slices()):
+            drawn = {name: values[batch] for name, values in parameters.items()}
             images = augment(
-                self.images[order[batch]],
-                {name: values[batch] for name, values in parameters.items()},
-                self.settings.crop_padding,
-                jitter_order,
+                self.images[order[batch]], drawn, self.settings.crop_padding, jitter_order
             )
-            yield self.normalize_and_resize(images), self.labels[order[batch]]
+            labels = self.labels[order[batch]]
+            if "label_weight" in drawn:
+                labels = mix_labels(labels, drawn["label_weight"], self.num_classes)
+            yield self.normalize_and_resize(images), labels
+
+    def slices(self) -> Iterator[slice]:
+        """This process's part of each global batch, as positions in the order of the epoch."""
+        local_batch_size = self.batch_size // self.world_size
+        for step in range(len(self)):
+            start = step * self.batch_size + self.rank * local_batch_size
+            yield slice(start, start + local_batch_size)
+
+
+class FeatureLoader(TrainLoader):
+    """Batches of features, float (B, num_features), in place of images, and their labels.
+
+    The images of its Split are features (N, views, num_features). Each image is represented by its
+    first view or, with the probability FLIP, by its last.
+    """
+
+    unit = "epoch of the head"
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """As TrainLoader's."""
+        generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
+        order = torch.randperm(len(self.labels), generator=generator)
+        mirrored = torch.rand(len(order), generator=generator) < self.settings.flip
+        view = mirrored.long() * (self.images.shape[1] - 1)
+        order, view = order.to(self.images.device), view.to(self.images.device)
+        for batch in self.slices():
+            yield self.images[order[batch], view[batch]], self.labels[order[batch]]
 
 
 class EvalLoader:

@@ -26,6 +26,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -474,11 +475,7 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
         axes.plot(epochs, column[f"val_{name}"], "s-", ms=4, label="validation")
         place = epochs[best], column[f"val_{name}"][best]
         axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
-        for epoch, rate, before in zip(epochs, rates, [None, *rates]):
-            if rate != before:
-                axes.axvline(epoch - 0.5, color="gray", linestyle=":")
-                style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
-                axes.annotate(f"lr {rate:.2g}", (epoch - 0.5, 1.02), **style)
+        draw_learning_rate(axes, epochs, rates)
         axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(ylabel="loss (cross-entropy, nats)", yscale="log")
@@ -487,6 +484,22 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
     right.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+def draw_learning_rate(axes: Axes, epochs: list[float], rates: list[float]) -> None:
+    """Marks the epochs before which the rate changed, or draws it as a line if that is each one."""
+    changes = [i for i in range(len(rates)) if i == 0 or rates[i] != rates[i - 1]]
+    if len(changes) == len(rates) > 2:
+        right = axes.twinx()
+        start = epochs.index(1)  # epoch 0 trains the head, at a rate of its own
+        right.plot(epochs[start:], rates[start:], color="gray", linestyle=":")
+        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+        return
+    for i in changes:
+        place = epochs[i] - 0.5
+        axes.axvline(place, color="gray", linestyle=":")
+        style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+        axes.annotate(f"lr {rates[i]:.2g}", (place, 1.02), **style)
 
 
 def open_window(path: Path) -> None:

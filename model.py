@@ -1,6 +1,6 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,21 +31,25 @@ class Head(nn.Sequential):
             return super().forward(features.to(self[0].weight.dtype))
 
 
-def build_model(num_classes: int, weights: str = "") -> nn.Module:
+def build_model(num_classes: int, weights: str = "", classes: Sequence[str] = ()) -> nn.Module:
     """torchvision's ResNet-50 with Head in place of its fc.
 
     weights: a torchvision name ("IMAGENET1K_V2": downloaded, its hash checked), the path of a
-    state_dict file in torchvision's layout (its own fc is ignored), or "" for random weights.
+    state_dict file in torchvision's layout (its own fc is ignored) or of a checkpoint of train.py
+    (its head is used too if it was trained on the same classes), or "" for random weights.
     Raises WeightsError.
     """
     model = get_model(ARCHITECTURE)
     model.fc = Head(model.fc.in_features, num_classes)
     if weights:
         head = {f"fc.{name}": tensor for name, tensor in model.fc.state_dict().items()}
-        pretrained = read_weights(weights)
-        backbone = {name: pretrained[name] for name in pretrained if not name.startswith("fc.")}
+        pretrained, its_classes = read_weights(weights)
+        if not its_classes or its_classes != list(classes):
+            pretrained = {
+                key: x for key, x in pretrained.items() if not key.startswith("fc.")
+            } | head
         try:
-            model.load_state_dict(backbone | head)
+            model.load_state_dict(pretrained)
         except RuntimeError as error:
             reasons = str(error).splitlines()
             raise WeightsError(
@@ -54,12 +58,15 @@ def build_model(num_classes: int, weights: str = "") -> nn.Module:
     return model
 
 
-def read_weights(weights: str) -> dict[str, Tensor]:
-    """The state_dict behind a torchvision name or a path. Raises WeightsError."""
+def read_weights(weights: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state_dict behind a torchvision name or a path; a checkpoint's classes, else none.
+
+    Raises WeightsError.
+    """
     names = get_model_weights(ARCHITECTURE).__members__
     if weights in names:
         try:
-            return names[weights].get_state_dict(check_hash=True, weights_only=True)
+            return names[weights].get_state_dict(check_hash=True, weights_only=True), []
         except Exception as error:
             raise WeightsError(
                 f"Weights {weights} could not be downloaded: {error}\n"
@@ -73,7 +80,9 @@ def read_weights(weights: str) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in state.items()}
+        classes = state.get("classes", [])
+        state = state["model"] if classes else state
+        return {name: tensor.float() for name, tensor in state.items()}, classes
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
@@ -95,3 +104,20 @@ def predict(
     batches = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
     with autocast(next(model.parameters()).device, dtype):
         return torch.cat([model(images) for images in batches])
+
+
+def extract_features(
+    model: nn.Module, loader: Iterable[Tensor], dtype: torch.dtype, progress: bool = False
+) -> Tensor:
+    """What the head gets to see (N, num_features), in eval mode, of the images of an EvalLoader."""
+    backbone = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
+    return predict(backbone, loader, dtype, progress).to(model.fc[0].weight.dtype)
+
+
+def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
+    """Training mode, but for batch norm, if frozen, which keeps its running statistics and uses them."""
+    network.train()
+    if freeze_batch_norm:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()

@@ -8,11 +8,13 @@
 Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python evaluate.py
 """
 
+import copy
 import inspect
 import math
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import model as resnet
@@ -31,18 +34,25 @@ import utils
 # Files
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 CHECKPOINT_DIR = "checkpoints"  # folder for best.pt, last.pt and history.csv
-WEIGHTS = "IMAGENET1K_V2"  # torchvision name, path of a state_dict file, or "" for random weights
+WEIGHTS = "IMAGENET1K_V2"  # torchvision name, path of a state_dict file or best.pt, or "" for none
 
 # Training
-EPOCHS = 60  # at most; early stopping usually ends a run sooner
+HEAD_EPOCHS = 0  # epochs that train only the head first, on features computed once; 0 for none
+HEAD_LEARNING_RATE = 0.05  # of those epochs, at the start; falls to zero as a cosine
+EPOCHS = 60  # at most; early stopping usually ends a run sooner; 0 trains only the head
 BATCH_SIZE = 128  # images per step, over all processes together
 LEARNING_RATE = 0.01  # of SGD, at the start
 MOMENTUM = 0.9  # of SGD
 WEIGHT_DECAY = 5e-4  # of SGD
-SCHEDULER_FACTOR = 0.1  # the learning rate is multiplied by this when it drops
-SCHEDULER_PATIENCE = 2  # epochs without improvement before the learning rate drops
+SCHEDULE = "plateau"  # "plateau": drops without improvement; "cosine": falls to zero by EPOCHS
+SCHEDULER_FACTOR = 0.1  # plateau: the learning rate is multiplied by this when it drops
+SCHEDULER_PATIENCE = 2  # plateau: epochs without improvement before the learning rate drops
+WARMUP_EPOCHS = 0.0  # cosine: epochs, or a fraction of one, in which the rate rises from zero
 EARLY_STOPPING_PATIENCE = 7  # epochs without improvement before the run stops
 WATCH = "loss"  # what must improve, and what selects best.pt: validation "loss" or "accuracy"
+LABEL_SMOOTHING = 0.0  # probability that the training labels give to all classes together
+EMA_DECAY = 0.0  # of an average of the weights that is validated and saved, e.g. 0.999; 0 for none
+FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, without updating them
 SEED = 0  # of all random numbers: head, order, augmentation, dropout
 
 # Images
@@ -59,6 +69,8 @@ SATURATION = 0.2  # saturation is multiplied by 1 - this to 1 + this
 HUE = 0.05  # hues shift by up to this, in turns of the colour wheel; at most 0.5
 ROTATION = 10.0  # degrees of rotation, at most, in either direction
 GRAYSCALE = 0.05  # probability of becoming gray
+MIXUP = 0.0  # alpha of mixup: each image is blended with its neighbour in the batch
+CUTMIX = 0.0  # alpha of CutMix: a box of each image comes from its neighbour in the batch
 
 # Machine
 DEVICE = "auto"  # auto, cuda, mps or cpu
@@ -74,15 +86,21 @@ DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still w
 ALLOWED = {
     "DATA_DIR": "the path of a folder",
     "CHECKPOINT_DIR": "the path of a folder",
-    "EPOCHS": (1, 100_000),
+    "HEAD_EPOCHS": (0, 100_000),
+    "HEAD_LEARNING_RATE": (1e-9, 1000),
+    "EPOCHS": (0, 100_000),
     "BATCH_SIZE": (1, 50_000),
     "LEARNING_RATE": (1e-9, 1000),
     "MOMENTUM": (0, 1),
     "WEIGHT_DECAY": (0, 1000),
+    "SCHEDULE": ["plateau", "cosine"],
     "SCHEDULER_FACTOR": (0, 0.999),
     "SCHEDULER_PATIENCE": (0, 100_000),
+    "WARMUP_EPOCHS": (0, 100_000),
     "EARLY_STOPPING_PATIENCE": (1, 100_000),
     "WATCH": ["loss", "accuracy"],
+    "LABEL_SMOOTHING": (0, 1),
+    "EMA_DECAY": (0, 0.999999),
     "SEED": (0, 4_294_967_295),
     "IMAGE_SIZE": (32, 1024),
     "HOLDOUT_PER_CLASS": (0, 499),
@@ -95,6 +113,8 @@ ALLOWED = {
     "HUE": (0, 0.5),
     "ROTATION": (0, 180),
     "GRAYSCALE": (0, 1),
+    "MIXUP": (0, 100),
+    "CUTMIX": (0, 100),
     "DEVICE": ["auto", "cuda", "mps", "cpu"],
     "PRECISION": ["auto", "bf16", "fp16", "fp32"],
     "LOG_EVERY": (1, 100_000),
@@ -121,12 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     # Device and processes; the checkpoint to continue from, if any
     device = utils.choose_device(args.device, processes.local_rank)
     utils.connect(processes, device)
-    lock = utils.lock_folder(folder, processes.rank)
+    _lock = utils.lock_folder(folder, processes.rank)  # until main() returns
     checkpoint = utils.find_checkpoint(folder / "last.pt", args, processes)
     wanted = checkpoint["precision"] if checkpoint else args.precision
     precision = utils.choose_precision(wanted, device)
-    name, world_size = utils.device_name(device), processes.world_size
-    utils.say("device", f"{name}, {precision}, processes: {world_size}")
+    utils.say("device", f"{utils.device_name(device)}, {precision}")
     if changed:
         utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
 
@@ -136,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
     with utils.downloading():
-        model = resnet.build_model(len(classes), weights)
+        model = resnet.build_model(len(classes), weights, classes)
     run = make_run(args, model.to(device, memory_format=data.memory_format(device)), precision)
     describe(run, args, train_loader, val_loader)
 
@@ -146,25 +165,26 @@ def main(argv: list[str] | None = None) -> None:
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
         utils.restore(checkpoint, folder / "last.pt", run.parts())
-        run.scheduler.patience = args.scheduler_patience
     elif processes.rank == 0:
         utils.move_aside(folder)
         utils.save_run(folder, metadata, run.parts(), history)
 
     def what_is_safe() -> str:
         command = utils.resume_command(argv or sys.argv[1:])
-        return f"epoch {len(history)} is safe in {folder / 'last.pt'}; to continue: {command}"
+        epoch = history[-1]["epoch"] if history else 0
+        return f"epoch {epoch} is safe in {folder / 'last.pt'}; to continue: {command}"
 
     advice = f"lower --batch-size {args.batch_size} or --image-size {args.image_size}"
     with utils.explained_exit(what_is_safe, advice):
-        while len(history) < args.epochs and not run.stopping.should_stop:
-            epoch, start = len(history), time.perf_counter()
-            row = {"epoch": epoch + 1} | train_one_epoch(run, train_loader, epoch, args)
+        for epoch in remaining_epochs(args, history, run.stopping):
+            row, start = {"epoch": epoch}, time.perf_counter()
+            if epoch == 0:
+                row |= train_head(run, train_loader, args)
+            else:
+                row |= train_one_epoch(run, train_loader, epoch, args)
             row |= validate(run, val_loader, val_labels)
             row["seconds"] = time.perf_counter() - start
-            require_finite(row["val_loss"], "validation", epoch, len(train_loader), run)
-            run.scheduler.step(row[f"val_{args.watch}"])
-            is_best = run.stopping.step(row[f"val_{args.watch}"], epoch + 1)
+            is_best = finish_epoch(run, row, args)
             if processes.rank == 0:
                 utils.save_run(folder, metadata, run.parts(), [*history, row], is_best)
             history.append(row)
@@ -172,7 +192,6 @@ def main(argv: list[str] | None = None) -> None:
 
     report(args, run.stopping, history)
     utils.disconnect()
-    lock.close()
 
 
 class EarlyStopping:
@@ -204,22 +223,36 @@ class EarlyStopping:
         self.best, self.best_epoch, self.bad_epochs = (state[name] for name in self.state_dict())
 
 
+def remaining_epochs(
+    args: Namespace, history: list[dict], stopping: EarlyStopping
+) -> Iterator[int]:
+    """The epochs that are left, until early stopping; epoch 0 trains the head alone."""
+    first = 0 if args.head_epochs else 1
+    for epoch in range(first + len(history), args.epochs + 1):
+        if not stopping.should_stop:
+            yield epoch
+
+
 @dataclass
 class Run:
     """A model and what trains it."""
 
-    model: nn.Module  # the bare module, which validates and is saved
+    model: nn.Module  # the bare module
     network: nn.Module  # the model as it trains: over all processes, compiled; the same weights
+    average: nn.Module | None  # with EMA_DECAY, a moving average of the model
     optimizer: Optimizer
-    scheduler: ReduceLROnPlateau
+    scheduler: ReduceLROnPlateau  # idle with SCHEDULE = "cosine"
     scaler: torch.amp.GradScaler  # idle except for fp16
     stopping: EarlyStopping
     dtype: torch.dtype  # of autocast
 
     def parts(self) -> dict[str, object]:
-        """What last.pt must hold; each part has state_dict() and load_state_dict()."""
+        """What last.pt must hold, by name; "model" is what is validated and goes into best.pt."""
         names = ("model", "optimizer", "scheduler", "scaler", "stopping")
-        return {name: getattr(self, name) for name in names}
+        parts = {name: getattr(self, name) for name in names}
+        if self.average is not None:
+            parts |= {"model": self.average, "trained_model": self.model}
+        return parts
 
 
 def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
@@ -243,8 +276,10 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     stopping = EarlyStopping(args.early_stopping_patience, mode)
-    network, dtype = wrap_network(model, args.compile), utils.DTYPES[precision]
-    return Run(model, network, optimizer, scheduler, scaler, stopping, dtype)
+    network = wrap_network(model, args.compile)
+    average = copy.deepcopy(model) if args.ema_decay else None
+    dtype = utils.DTYPES[precision]
+    return Run(model, network, average, optimizer, scheduler, scaler, stopping, dtype)
 
 
 def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
@@ -270,63 +305,132 @@ def train_step(run: Run, images: Tensor, labels: Tensor, args: Namespace) -> tup
     """
     with resnet.autocast(images.device, run.dtype):
         logits = run.network(images)
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.average is not None:
+        update_average(run.average, run.model, args.ema_decay)
+    if labels.is_floating_point():  # probabilities, from mixup or CutMix
+        labels = labels.argmax(1)
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model, batch-norm statistics included."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floating)), None)
+    for kept, counter in pairs:
+        if not kept.is_floating_point():
+            kept.copy_(counter)
+
+
+def cosine_learning_rate(args: Namespace, epochs_done: float) -> float:
+    """Linear warm-up from zero, then a cosine to zero: Loshchilov & Hutter 2017, one cycle."""
+    if epochs_done < args.warmup_epochs:
+        return args.learning_rate * epochs_done / args.warmup_epochs
+    progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_learning_rate(run: Run, args: Namespace, epochs_done: float) -> float:
+    """Sets and returns the learning rate; ReduceLROnPlateau has set its own already."""
+    for group in run.optimizer.param_groups:
+        if args.schedule == "cosine":
+            group["lr"] = cosine_learning_rate(args, epochs_done)
+    return group["lr"]
 
 
 def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
     """One pass over the data; returns learning_rate, train_loss, train_accuracy, images_per_second.
 
-    Loss and accuracy are means over the images as they were trained on, of all processes.
-    Raises FloatingPointError within LOG_EVERY steps after the loss is no longer finite.
+    Loss and accuracy are means over the images as they were trained on, of all processes; the rate
+    is that of the middle of the epoch. Raises FloatingPointError if the loss is no longer finite.
     """
-    run.network.train()
+    resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     total, start = len(loader) * loader.batch_size, time.perf_counter()
     loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # added up on the device
-    bar = utils.progress_bar(f"epoch {epoch + 1}", total, unit="image")
+    bar = utils.progress_bar(f"{loader.unit} {epoch}", total, unit="image")
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
+        set_learning_rate(run, args, epochs_done=epoch - 1 + (step - 0.5) / len(loader))
         loss, correct = train_step(run, images, labels, args)
         loss_sum += loss
         correct_sum += correct
         bar.update(loader.batch_size)
         if step % args.log_every == 0 or step == len(loader):
             mean_loss = loss_sum.item() / step  # the only place where the host waits
-            require_finite(mean_loss, "training", epoch, step, run)
+            require_finite(mean_loss, "training", f"{loader.unit} {epoch}, by step {step}", run)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
     bar.close()
     seconds = time.perf_counter() - start
-    sums = torch.stack([loss_sum * len(labels), correct_sum])
-    loss_sum, correct_sum = utils.sum_over_processes(sums).tolist()
-    return {
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "train_loss": loss_sum / total,
-        "train_accuracy": correct_sum / total,
-        "images_per_second": total / seconds,
-    }
+    sums = loss_sum * len(labels), correct_sum
+    loss, accuracy = utils.mean_over_processes(*sums, count=len(loader) * len(labels))
+    rate = set_learning_rate(run, args, epochs_done=epoch - 0.5)
+    row = {"learning_rate": rate, "train_loss": loss, "train_accuracy": accuracy}
+    return row | {"images_per_second": total / seconds}
+
+
+def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
+    """Trains the head alone, on features of the frozen backbone; returns what an epoch returns.
+
+    Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. The features of all
+    images, not augmented except for a mirrored view, are computed once and kept on the device.
+    """
+    mine, views = slice(loader.rank, None, loader.world_size), []
+    local_batch_size = loader.batch_size // loader.world_size
+    for images in [loader.images, loader.images.flip(3)] if args.flip else [loader.images]:
+        own = data.EvalLoader(images[mine], local_batch_size, args.image_size)
+        features = resnet.extract_features(run.model, own, run.dtype, utils.on_terminal())
+        views.append(features.new_zeros(len(images), features.shape[1]))
+        views[-1][mine] = features
+        utils.sum_over_processes(views[-1])  # every process needs the features of all images
+    head_settings = {"schedule": "cosine", "warmup_epochs": 0, "epochs": args.head_epochs}
+    head_settings |= {"learning_rate": args.head_learning_rate, "ema_decay": 0, "compile": False}
+    head_settings |= {"seed": data.mix_seed(args.seed, 0) % 2**32, "mixup": 0, "cutmix": 0}
+    head_args = Namespace(**vars(args) | head_settings)
+    head_run = make_run(head_args, run.model.fc, "fp32")
+    split = data.Split(torch.stack(views, 1), loader.labels)
+    head_loader = data.FeatureLoader(split, head_args, loader.rank, loader.world_size)
+    for head_epoch in range(1, args.head_epochs + 1):
+        row = train_one_epoch(head_run, head_loader, head_epoch, head_args)
+    if run.average is not None:
+        run.average.load_state_dict(run.model.state_dict())
+    return row | {"learning_rate": args.head_learning_rate}
 
 
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
     """val_loss and val_accuracy, means over the images of all processes."""
-    utils.broadcast(run.model.buffers())
-    logits = resnet.predict(run.model, loader, run.dtype, progress=utils.on_terminal())
+    model = run.parts()["model"]
+    utils.broadcast(model.buffers())
+    logits = resnet.predict(model, loader, run.dtype, progress=utils.on_terminal())
     loss_sum = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
-    sums = torch.stack([loss_sum, correct, torch.full_like(correct, len(labels))])
-    loss_sum, correct, total = utils.sum_over_processes(sums).tolist()
-    return {"val_loss": loss_sum / total, "val_accuracy": correct / total}
+    loss, accuracy = utils.mean_over_processes(loss_sum, correct, count=len(labels))
+    return {"val_loss": loss, "val_accuracy": accuracy}
 
 
-def require_finite(loss: float, kind: str, epoch: int, step: int, run: Run) -> None:
+def finish_epoch(run: Run, row: dict[str, float], args: Namespace) -> bool:
+    """Steps the schedule and early stopping; returns whether this is the best epoch so far.
+
+    Raises FloatingPointError if the validation loss is not finite.
+    """
+    require_finite(row["val_loss"], "validation", f"epoch {row['epoch']}", run)
+    watched = row[f"val_{args.watch}"]
+    if args.schedule == "plateau":
+        run.scheduler.patience = args.scheduler_patience  # may have changed on resume
+        run.scheduler.step(watched)
+    return run.stopping.step(watched, row["epoch"])
+
+
+def require_finite(loss: float, kind: str, place: str, run: Run) -> None:
     """Raises FloatingPointError, with the place in the run, if the loss is not finite."""
     if not math.isfinite(loss):
         rate = run.optimizer.param_groups[0]["lr"]
-        where = f"epoch {epoch + 1}, by step {step}, learning rate {rate:g}"
-        raise FloatingPointError(f"the {kind} loss is {loss}: {where}")
+        raise FloatingPointError(f"the {kind} loss is {loss}: {place}, learning rate {rate:g}")
 
 
 def make_loaders(
@@ -368,14 +472,24 @@ def check_combinations(args: Namespace, world_size: int) -> None:
     if args.batch_size == world_size and args.image_size == 32:  # batch norm of one number
         expected = "at least 2 images per process at 32 px"
         utils.refuse_flag("batch_size", args.batch_size, expected)
+    if (args.mixup or args.cutmix) and args.batch_size // world_size % 2:
+        expected = "an even number of images per process, for --mixup and --cutmix"
+        utils.refuse_flag("batch_size", args.batch_size, expected)
+    if not args.epochs and not args.head_epochs:
+        utils.refuse_flag("epochs", args.epochs, "1 or more without --head-epochs")
+    if args.warmup_epochs and args.schedule != "cosine":
+        utils.refuse_flag("warmup_epochs", args.warmup_epochs, "0 without --schedule cosine")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
 
 def describe(
     run: Run, args: Namespace, train_loader: data.TrainLoader, val_loader: data.EvalLoader
 ) -> None:
-    """Prints the size of the model and, without a GPU, an estimate of the time per epoch.
+    """Prints the size of the model and, without a GPU, how long an epoch and the head take.
 
-    The estimate is a timed forward pass, of which a training step costs about three.
+    That is estimated from a timed forward pass: a training step costs about three of them, the
+    head one per image and, with FLIP, one per mirror image.
     """
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     source = args.weights or "random weights"
@@ -389,9 +503,13 @@ def describe(
     resnet.predict(run.model, sample, run.dtype)
     per_image = (time.perf_counter() - start) / count
     trained = len(train_loader) * train_loader.batch_size / train_loader.world_size
-    seconds = per_image * (3 * trained + len(val_loader.images))
-    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
-    utils.say("note", f"no GPU in use: an epoch takes about {duration} here")
+    epoch, head = (
+        f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
+        for passes in (3, 2 if args.flip else 1)
+        for seconds in [per_image * (passes * trained + len(val_loader.images))]
+    )
+    alone = f"the head alone about {head}: --head-epochs 20 --epochs 0"
+    utils.say("note", f"no GPU in use: an epoch takes about {epoch} here; {alone}")
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
@@ -409,9 +527,10 @@ def report(args: Namespace, stopping: EarlyStopping, history: list[dict]) -> Non
     if stopping.should_stop:
         utils.say("stopped", f"no better validation {args.watch} in {stopping.bad_epochs} epochs")
     else:
-        utils.say("finished", f"all {len(history)} epochs")
-    best, path = history[stopping.best_epoch - 1], Path(args.checkpoint_dir, "best.pt")
+        utils.say("finished", f"all {args.epochs} epochs" if args.epochs else "the head alone")
+    best = history[stopping.best_epoch - history[0]["epoch"]]
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
+    path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")
     elsewhere = "" if path == Path(CHECKPOINT_DIR, "best.pt") else f" --checkpoint {path}"
     utils.say("next", f"python evaluate.py{elsewhere}")

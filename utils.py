@@ -231,9 +231,9 @@ def connect(processes: Processes, device: torch.device) -> None:
     """Joins the process group, NCCL on GPUs and gloo elsewhere, if torchrun started this run."""
     if not processes.launcher:
         return
-    options = {"timeout": timedelta(minutes=10)}
+    backend, options = "gloo", {"timeout": timedelta(minutes=10)}
     if device.type == "cuda":
-        options["device_id"] = device
+        backend, options["device_id"] = "nccl", device
     with _default_signals():
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # A restarted group must not read the addresses that the dead one left in the store.
@@ -241,7 +241,8 @@ def connect(processes: Processes, device: torch.device) -> None:
             store = dist.TCPStore(address, port, is_master=False)
             options["store"] = dist.PrefixStore(f"attempt_{processes.restarts}", store)
             options |= {"rank": processes.rank, "world_size": processes.world_size}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        dist.init_process_group(backend, **options)
+    say("torchrun", f"processes: {processes.world_size}, {backend}")
 
 
 @contextmanager
@@ -278,6 +279,13 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def mean_over_processes(*sums: Tensor, count: int) -> list[float]:
+    """Each sum over this process's images, as a mean over those of all processes."""
+    values = torch.stack([*sums, torch.full_like(sums[0], count)])
+    *totals, total_count = sum_over_processes(values).tolist()
+    return [total / total_count for total in totals]
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -429,11 +437,14 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
         return None  # of an earlier run: this one was restarted before it had saved anything
     may_change = {"epochs", "scheduler_patience", "early_stopping_patience"}  # how long
     may_change |= {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}  # where and how
+    if args.schedule == "cosine":
+        may_change.remove("epochs")  # the cosine reaches zero there: another number moves the curve
     for name, value in vars(args).items():
         stored = checkpoint["constants"].get(name)
         if value != stored and name not in may_change:
+            reason = ", where its cosine schedule ends" if name == "epochs" else ""
             raise UserError(
-                f"{path} was trained with {name.upper()} = {stored!r}, now it is {value!r}.\n"
+                f"{path} was trained with {name.upper()} = {stored!r}{reason}, now it is {value!r}.\n"
                 "Set it back to continue that run, or start a new one without --resume"
             )
     return checkpoint
