@@ -31,6 +31,9 @@ import data
 import model as resnet
 import utils
 
+# A run's checkpoint holds its constants. One that it lacks, because it was added to this script
+# later, counts as having the default below: let that mean off.
+
 # Files
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 CHECKPOINT_DIR = "checkpoints"  # folder for best.pt, last.pt and history.csv
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     metadata |= {"classes": classes, "launcher": processes.launcher}
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
-        utils.restore(checkpoint, folder / "last.pt", run.parts())
+        utils.restore(checkpoint, folder / "last.pt", run.parts(), classes)
     elif processes.rank == 0:
         utils.move_aside(folder)
         utils.save_run(folder, metadata, run.parts(), history)
@@ -289,6 +292,7 @@ def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
     """
     network = model
     if dist.is_initialized():
+        utils.broadcast(model.buffers())  # older versions of DDP leave them out without syncing
         options = inspect.signature(DistributedDataParallel).parameters
         renamed = "forward_sync_buffers" in options  # in newer torch, such as 2.14
         no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -353,7 +357,8 @@ def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namesp
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     total, start = len(loader) * loader.batch_size, time.perf_counter()
-    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # added up on the device
+    # Added up on the device; loss_sum over batches, which are all of one size
+    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)
     bar = utils.progress_bar(f"{loader.unit} {epoch}", total, unit="image")
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
         set_learning_rate(run, args, epochs_done=epoch - 1 + (step - 0.5) / len(loader))

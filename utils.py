@@ -450,14 +450,17 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
     return checkpoint
 
 
-def restore(checkpoint: dict, path: Path, parts: dict[str, object]) -> None:
+def restore(checkpoint: dict, path: Path, parts: dict[str, object], classes: list[str]) -> None:
     """Loads each part's state from the checkpoint. Raises UserError if it does not fit."""
     with explained_misfit(path):
+        if checkpoint["classes"] != classes:
+            raise ValueError("it was trained on other classes than the data set has now")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        for parameter, state in parts["optimizer"].state.items():  # which torch does not check
-            if state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("the optimizer's state has other shapes than the model")
+        for parameter, state in parts["optimizer"].state.items():
+            for value in state.values():  # whose shapes torch does not check
+                if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError("the optimizer's state has other shapes than the model")
     say("resume", f"{path}, after epoch {checkpoint['epoch']}")
 
 
