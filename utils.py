@@ -256,7 +256,7 @@ def downloading() -> Iterator[None]:
         yield
         return
     with _default_signals():
-        group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        group = dist.new_group(timeout=timedelta(hours=1))
     yield
     with _default_signals():
         dist.barrier(group)
