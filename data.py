@@ -477,23 +477,19 @@ class TrainLoader:
 
 
 class FeatureLoader(TrainLoader):
-    """Batches of features, float (B, num_features), in place of images, and their labels.
+    """Batches of features, float (B, num_features), and their labels; nothing is augmented.
 
-    The images of its Split are features (N, views, num_features). Each image is represented by its
-    first view or, with the probability FLIP, by its last.
+    The images of its Split are features (N, num_features).
     """
 
     unit = "epoch of the head"
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """As TrainLoader's."""
+        """The batches of one epoch, a pure function of (seed, epoch)."""
         generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
-        order = torch.randperm(len(self.labels), generator=generator)
-        mirrored = torch.rand(len(order), generator=generator) < self.settings.flip
-        view = mirrored.long() * (self.images.shape[1] - 1)
-        order, view = order.to(self.images.device), view.to(self.images.device)
+        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
         for batch in self.slices():
-            yield self.images[order[batch], view[batch]], self.labels[order[batch]]
+            yield self.images[order[batch]], self.labels[order[batch]]
 
 
 class EvalLoader:

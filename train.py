@@ -383,22 +383,22 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     """Trains the head alone, on features of the frozen backbone; returns what an epoch returns.
 
     Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. The features of all
-    images, not augmented except for a mirrored view, are computed once and kept on the device.
+    images, not augmented, are computed once and kept on the device. Mirrored views did not pay: see
+    README.
     """
-    mine, views = slice(loader.rank, None, loader.world_size), []
+    mine = slice(loader.rank, None, loader.world_size)
     local_batch_size = loader.batch_size // loader.world_size
-    for images in [loader.images, loader.images.flip(3)] if args.flip else [loader.images]:
-        own = data.EvalLoader(images[mine], local_batch_size, args.image_size)
-        features = resnet.extract_features(run.model, own, run.dtype, utils.on_terminal())
-        views.append(features.new_zeros(len(images), features.shape[1]))
-        views[-1][mine] = features
-        utils.sum_over_processes(views[-1])  # every process needs the features of all images
+    own_images = data.EvalLoader(loader.images[mine], local_batch_size, args.image_size)
+    own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
+    features = own.new_zeros(len(loader.images), own.shape[1])
+    features[mine] = own
+    utils.sum_over_processes(features)  # every process needs those of all images
     head_settings = {"schedule": "cosine", "warmup_epochs": 0, "epochs": args.head_epochs}
     head_settings |= {"learning_rate": args.head_learning_rate, "ema_decay": 0, "compile": False}
     head_settings |= {"seed": data.mix_seed(args.seed, 0) % 2**32, "mixup": 0, "cutmix": 0}
     head_args = Namespace(**vars(args) | head_settings)
     head_run = make_run(head_args, run.model.fc, "fp32")
-    split = data.Split(torch.stack(views, 1), loader.labels)
+    split = data.Split(features, loader.labels)
     head_loader = data.FeatureLoader(split, head_args, loader.rank, loader.world_size)
     for head_epoch in range(1, args.head_epochs + 1):
         row = train_one_epoch(head_run, head_loader, head_epoch, head_args)
@@ -494,7 +494,7 @@ def describe(
     """Prints the size of the model and, without a GPU, how long an epoch and the head take.
 
     That is estimated from a timed forward pass: a training step costs about three of them, the
-    head one per image and, with FLIP, one per mirror image.
+    head one per image.
     """
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     source = args.weights or "random weights"
@@ -510,7 +510,7 @@ def describe(
     trained = len(train_loader) * train_loader.batch_size / train_loader.world_size
     epoch, head = (
         f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
-        for passes in (3, 2 if args.flip else 1)
+        for passes in (3, 1)
         for seconds in [per_image * (passes * trained + len(val_loader.images))]
     )
     alone = f"the head alone about {head}: --head-epochs 20 --epochs 0"
