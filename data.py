@@ -131,7 +131,7 @@ def _download_cifar100(scratch: str, data_dir: str) -> None:
                 return download_and_extract_archive(
                     url, scratch, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
                 )
-            except Exception as error:  # noqa: BLE001, a network fails in a dozen types
+            except Exception as error:  # noqa: BLE001, network errors have many types
                 failures.append(f"  {url}: {error}")
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -166,7 +166,7 @@ def _refuse_damaged_files(data_dir: str) -> None:
 
 
 def read_digits() -> tuple[Split, Split, list[str]]:
-    """scikit-learn's 1,797 scanned digits, 8 x 8, enlarged to RGB 32 x 32; a fifth is for testing."""
+    """scikit-learn's 1,797 scanned 8 x 8 digits, enlarged to RGB 32 x 32; a fifth is for testing."""
     from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
     from sklearn.model_selection import train_test_split
 
@@ -318,15 +318,9 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
     """Pads with black on every side, then takes the H x W pixels at each image's (top, left)."""
-    count, channels, height, width = images.shape
-    device = images.device
-    padded = F.pad(images, [padding] * 4)
-    return padded[
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[:, None, None],
-        (top[:, None] + torch.arange(height, device=device))[:, None, :, None],
-        (left[:, None] + torch.arange(width, device=device))[:, None, None, :],
-    ]
+    height, width = images.shape[2:]
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return crops[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:

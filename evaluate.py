@@ -3,7 +3,7 @@
     python evaluate.py                              checkpoints/best.pt
     python evaluate.py --checkpoint checkpoints/demo/best.pt
     python evaluate.py --tta                        averages over each image and its mirror image
-    python evaluate.py --images cat.jpg photos/     the five most likely classes of your own pictures
+    python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
@@ -47,7 +47,7 @@ TTA = False  # average the logits over each image and its mirror image: twice th
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
-# The choices of a constant, or what is expected of a text that must not be empty
+# Valid values: a list of choices, or, for a string that must not be empty, its meaning
 ALLOWED = {
     "CHECKPOINT": "the path of a file",
     "DATA_DIR": "the path of a folder",
@@ -194,9 +194,8 @@ def report_classes(result: Result) -> tuple[str, dict]:
 
 def superclass_numbers(classes: list[str]) -> np.ndarray:
     """The superclass of each class (num_classes,), numbered as the official coarse labels are."""
-    number_of = {}
-    for number, members in enumerate(data.SUPERCLASSES.values()):
-        number_of |= dict.fromkeys(members, number)
+    members = enumerate(data.SUPERCLASSES.values())
+    number_of = {name: number for number, names in members for name in names}
     return np.array([number_of[name] for name in classes])
 
 
@@ -333,7 +332,7 @@ def write_pictures(result: Result, classifier: Classifier, folder: Path) -> None
         figures |= {"most_confused": draw_pairs(result), "mistakes": draw_mistakes(result)}
     history = read_history(classifier.path, classifier.checkpoint["history"])
     if history:
-        figures["training_curves"] = draw_curves(history, classifier.constants["watch"])
+        figures["training_curves"] = draw_curves(history, classifier.constants)
     with writing_into(folder):
         for name, figure in figures.items():
             path = folder / f"{name}.png"
@@ -463,9 +462,10 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
     return rows if own and rows[: len(own)] == own else own
 
 
-def draw_curves(history: list[dict], watch: str) -> Figure:
+def draw_curves(history: list[dict], constants: dict) -> Figure:
     """Loss and accuracy by epoch; marks the best epoch and where the learning rate dropped."""
     column = {name: [row[name] for row in history] for name in history[0]}
+    watch, cosine = constants["watch"], constants["schedule"] == "cosine"
     epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
     best = watched.index(max(watched) if watch == "accuracy" else min(watched))
     figure = new_figure(11, 4.5)
@@ -475,7 +475,7 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
         axes.plot(epochs, column[f"val_{name}"], "s-", ms=4, label="validation")
         place = epochs[best], column[f"val_{name}"][best]
         axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
-        draw_learning_rate(axes, epochs, rates)
+        draw_learning_rate(axes, epochs, rates, cosine)
         axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(ylabel="loss (cross-entropy, nats)", yscale="log")
@@ -486,20 +486,19 @@ def draw_curves(history: list[dict], watch: str) -> Figure:
     return figure
 
 
-def draw_learning_rate(axes: Axes, epochs: list[float], rates: list[float]) -> None:
-    """Marks the epochs before which the rate changed, or draws it as a line if that is each one."""
-    changes = [i for i in range(len(rates)) if i == 0 or rates[i] != rates[i - 1]]
-    if len(changes) == len(rates) > 2:
+def draw_learning_rate(axes: Axes, epochs: list, rates: list, cosine: bool) -> None:
+    """Draws a cosine schedule as a line, else marks where the learning rate changed."""
+    first = epochs.index(1) if 1 in epochs else 0  # epoch 0 trains the head, at a rate of its own
+    if cosine:
         right = axes.twinx()
-        start = epochs.index(1)  # epoch 0 trains the head, at a rate of its own
-        right.plot(epochs[start:], rates[start:], color="gray", linestyle=":")
+        right.plot(epochs[first:], rates[first:], color="gray", linestyle=":")
         right.set(ylabel="learning rate (dotted)", ylim=(0, None))
         return
-    for i in changes:
-        place = epochs[i] - 0.5
-        axes.axvline(place, color="gray", linestyle=":")
-        style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
-        axes.annotate(f"lr {rates[i]:.2g}", (place, 1.02), **style)
+    for epoch, rate, before in zip(epochs, rates, [None, *rates]):
+        if rate != before:
+            axes.axvline(epoch - 0.5, color="gray", linestyle=":")
+            style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
+            axes.annotate(f"lr {rate:.2g}", (epoch - 0.5, 1.02), **style)
 
 
 def open_window(path: Path) -> None:

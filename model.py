@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 from tqdm import tqdm
 
-ARCHITECTURE = "resnet50"  # or another of torchvision's networks that end in a layer named fc
+ARCHITECTURE = "resnet50"  # or another ResNet, ResNeXt or RegNet of torchvision's
 
 
 class WeightsError(SystemExit):
@@ -115,7 +115,7 @@ def extract_features(
 
 
 def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
-    """Training mode, but for batch norm, if frozen, which keeps its running statistics and uses them."""
+    """Like network.train(), but frozen batch norm stays in eval mode: it keeps its statistics."""
     network.train()
     if freeze_batch_norm:
         for module in network.modules():

@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +30,8 @@ import data
 import model as resnet
 import utils
 
-# A run's checkpoint holds its constants. One that it lacks, because it was added to this script
-# later, counts as having the default below: let that mean off.
+# Checkpoints store these constants. One that is missing from an older checkpoint takes its default
+# below, so the default of a new constant must leave its feature off.
 
 # Files
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
@@ -41,22 +40,22 @@ WEIGHTS = "IMAGENET1K_V2"  # torchvision name, path of a state_dict file or best
 
 # Training
 HEAD_EPOCHS = 0  # epochs that train only the head first, on features computed once; 0 for none
-HEAD_LEARNING_RATE = 0.05  # of those epochs, at the start; falls to zero as a cosine
+HEAD_LEARNING_RATE = 0.05  # initial learning rate of the head-only epochs; cosine decay to zero
 EPOCHS = 60  # at most; early stopping usually ends a run sooner; 0 trains only the head
 BATCH_SIZE = 128  # images per step, over all processes together
-LEARNING_RATE = 0.01  # of SGD, at the start
-MOMENTUM = 0.9  # of SGD
-WEIGHT_DECAY = 5e-4  # of SGD
+LEARNING_RATE = 0.01  # initial learning rate; with SCHEDULE = "cosine" the highest one
+MOMENTUM = 0.9  # SGD momentum
+WEIGHT_DECAY = 5e-4  # SGD weight decay
 SCHEDULE = "plateau"  # "plateau": drops without improvement; "cosine": falls to zero by EPOCHS
 SCHEDULER_FACTOR = 0.1  # plateau: the learning rate is multiplied by this when it drops
 SCHEDULER_PATIENCE = 2  # plateau: epochs without improvement before the learning rate drops
 WARMUP_EPOCHS = 0.0  # cosine: epochs, or a fraction of one, in which the rate rises from zero
 EARLY_STOPPING_PATIENCE = 7  # epochs without improvement before the run stops
 WATCH = "loss"  # what must improve, and what selects best.pt: validation "loss" or "accuracy"
-LABEL_SMOOTHING = 0.0  # probability that the training labels give to all classes together
-EMA_DECAY = 0.0  # of an average of the weights that is validated and saved, e.g. 0.999; 0 for none
+LABEL_SMOOTHING = 0.0  # share of each training label that is spread evenly over all classes
+EMA_DECAY = 0.0  # validate and save a moving average of the weights with this decay; 0 for none
 FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, without updating them
-SEED = 0  # of all random numbers: head, order, augmentation, dropout
+SEED = 0  # random seed: head initialization, image order, augmentation, dropout
 
 # Images
 IMAGE_SIZE = 224  # pixels per side that images are resized to, from 32
@@ -85,7 +84,7 @@ LOG_EVERY = 20  # steps between readings of the loss, for the progress bar and t
 RESUME = False  # continue from CHECKPOINT_DIR/last.pt
 DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still win
 
-# The range of each constant, its choices, or what is expected of a text that must not be empty
+# Valid values: (low, high), a list of choices, or, for a string that must not be empty, its meaning
 ALLOWED = {
     "DATA_DIR": "the path of a folder",
     "CHECKPOINT_DIR": "the path of a folder",
@@ -146,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     utils.connect(processes, device)
     _lock = utils.lock_folder(folder, processes.rank)  # until main() returns
     checkpoint = utils.find_checkpoint(folder / "last.pt", args, processes)
-    wanted = checkpoint["precision"] if checkpoint else args.precision
-    precision = utils.choose_precision(wanted, device)
+    precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
     utils.say("device", f"{utils.device_name(device)}, {precision}")
     if changed:
         utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
@@ -157,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader, val_labels, classes = make_loaders(dataset, args, processes, device)
     torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
-    with utils.downloading():
+    with utils.barrier_after_download():
         model = resnet.build_model(len(classes), weights, classes)
     run = make_run(args, model.to(device, memory_format=data.memory_format(device)), precision)
     describe(run, args, train_loader, val_loader)
@@ -173,13 +171,15 @@ def main(argv: list[str] | None = None) -> None:
         utils.save_run(folder, metadata, run.parts(), history)
 
     def what_is_safe() -> str:
-        command = utils.resume_command(argv or sys.argv[1:])
+        command = utils.resume_command(sys.argv[1:] if argv is None else argv)
         epoch = history[-1]["epoch"] if history else 0
         return f"epoch {epoch} is safe in {folder / 'last.pt'}; to continue: {command}"
 
     advice = f"lower --batch-size {args.batch_size} or --image-size {args.image_size}"
     with utils.explained_exit(what_is_safe, advice):
-        for epoch in remaining_epochs(args, history, run.stopping):
+        first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
+        while first + len(history) <= args.epochs and not run.stopping.should_stop:
+            epoch = first + len(history)
             row, start = {"epoch": epoch}, time.perf_counter()
             if epoch == 0:
                 row |= train_head(run, train_loader, args)
@@ -188,8 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             row |= validate(run, val_loader, val_labels)
             row["seconds"] = time.perf_counter() - start
             is_best = finish_epoch(run, row, args)
-            if processes.rank == 0:
-                utils.save_run(folder, metadata, run.parts(), [*history, row], is_best)
+            utils.save_run(folder, metadata, run.parts(), [*history, row], is_best)
             history.append(row)
             utils.say("epoch", epoch_line(row, args.epochs) + ("  best" if is_best else ""))
 
@@ -224,16 +223,6 @@ class EarlyStopping:
 
     def load_state_dict(self, state: dict) -> None:
         self.best, self.best_epoch, self.bad_epochs = (state[name] for name in self.state_dict())
-
-
-def remaining_epochs(
-    args: Namespace, history: list[dict], stopping: EarlyStopping
-) -> Iterator[int]:
-    """The epochs that are left, until early stopping; epoch 0 trains the head alone."""
-    first = 0 if args.head_epochs else 1
-    for epoch in range(first + len(history), args.epochs + 1):
-        if not stopping.should_stop:
-            yield epoch
 
 
 @dataclass
@@ -332,20 +321,20 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             kept.copy_(counter)
 
 
-def cosine_learning_rate(args: Namespace, epochs_done: float) -> float:
-    """Linear warm-up from zero, then a cosine to zero: Loshchilov & Hutter 2017, one cycle."""
-    if epochs_done < args.warmup_epochs:
-        return args.learning_rate * epochs_done / args.warmup_epochs
+def set_learning_rate(run: Run, args: Namespace, epochs_done: float) -> None:
+    """With the cosine schedule, sets the rate: linear warm-up from zero, then a cosine to zero.
+
+    Loshchilov & Hutter 2017, arXiv 1608.03983, one cycle. A function of epoch and step alone, so
+    that a resumed run is exact.
+    """
+    if args.schedule != "cosine":
+        return
     progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return args.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(run: Run, args: Namespace, epochs_done: float) -> float:
-    """Sets and returns the learning rate; ReduceLROnPlateau has set its own already."""
+    factor = (1 + math.cos(math.pi * progress)) / 2
+    if epochs_done < args.warmup_epochs:
+        factor = epochs_done / args.warmup_epochs
     for group in run.optimizer.param_groups:
-        if args.schedule == "cosine":
-            group["lr"] = cosine_learning_rate(args, epochs_done)
-    return group["lr"]
+        group["lr"] = args.learning_rate * factor
 
 
 def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
@@ -374,9 +363,10 @@ def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namesp
     seconds = time.perf_counter() - start
     sums = loss_sum * len(labels), correct_sum
     loss, accuracy = utils.mean_over_processes(*sums, count=len(loader) * len(labels))
-    rate = set_learning_rate(run, args, epochs_done=epoch - 0.5)
+    set_learning_rate(run, args, epochs_done=epoch - 0.5)  # which stands for the epoch
+    rate, speed = run.optimizer.param_groups[0]["lr"], total / seconds
     row = {"learning_rate": rate, "train_loss": loss, "train_accuracy": accuracy}
-    return row | {"images_per_second": total / seconds}
+    return row | {"images_per_second": speed}
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
@@ -442,7 +432,7 @@ def make_loaders(
     dataset: str, args: Namespace, processes: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, list[str]]:
     """The loaders, on the device; the labels of this process's validation images; class names."""
-    with utils.downloading():
+    with utils.barrier_after_download():
         if dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
             data.fetch_cifar100(args.data_dir)
     train_split, test_split, classes = data.read_dataset(dataset, args.data_dir)
@@ -508,13 +498,13 @@ def describe(
     resnet.predict(run.model, sample, run.dtype)
     per_image = (time.perf_counter() - start) / count
     trained = len(train_loader) * train_loader.batch_size / train_loader.world_size
-    epoch, head = (
-        f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
-        for passes in (3, 1)
-        for seconds in [per_image * (passes * trained + len(val_loader.images))]
-    )
-    alone = f"the head alone about {head}: --head-epochs 20 --epochs 0"
-    utils.say("note", f"no GPU in use: an epoch takes about {epoch} here; {alone}")
+
+    def duration(passes: int) -> str:
+        seconds = per_image * (passes * trained + len(val_loader.images))
+        return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
+
+    alone = f"the head alone about {duration(1)}: --head-epochs 20 --epochs 0"
+    utils.say("note", f"no GPU in use: an epoch takes about {duration(3)} here; {alone}")
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

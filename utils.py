@@ -27,7 +27,7 @@ except ImportError:  # Windows has no flock
 
 
 class UserError(SystemExit):
-    """Something the user can mend. Uncaught: its message on stderr, no traceback, exit status 1."""
+    """An error that the user can fix. Uncaught: its message on stderr, no traceback, status 1."""
 
 
 # ---- constants as flags -------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Na
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
     values. Two dicts of the script are used instead: ALLOWED gives the range (low, high) of a
-    constant, its choices [...], or what is expected of a text that must not be empty. With --demo,
+    constant, its choices [...], or the meaning of a string that must not be empty. With --demo,
     DEMO_SETTINGS replaces the script's values; flags win over both. Returns the settings, with
     names in lower case, and those that differ from the script's. A bad flag ends the script with
     one line and exit status 2.
@@ -111,7 +111,7 @@ def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Na
 
 
 def _check_setting(name: str, value: object, rule: tuple | list | str) -> None:
-    """Refuses a value that is outside its range, not among its choices, or an empty text."""
+    """Refuses a value that is outside its range, not among its choices, or an empty string."""
     if isinstance(rule, tuple):
         low, high = rule
         fits, expected = low <= value <= high, f"{low:,} to {high:,}"  # False for NaN too
@@ -131,14 +131,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device that is named; "auto" is CUDA, else the CPU. Raises UserError if it is unusable.
 
-    MPS is never chosen by "auto", because nobody has tried it.
+    MPS is untested, so "auto" never chooses it.
     """
     if name in ("auto", "cuda"):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             available = torch.cuda.is_available()
         if available:
-            return _checked_gpu(local_rank)
+            return _set_up_gpu(local_rank)
         if caught:  # a driver is there, but torch cannot use it: usually an old one
             reason = str(caught[0].message).splitlines()[0]
             raise UserError(
@@ -152,7 +152,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return torch.device("cpu" if name == "auto" else name)
 
 
-def _checked_gpu(local_rank: int) -> torch.device:
+def _set_up_gpu(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"This machine has {torch.cuda.device_count()} GPUs, but one per process is needed: "
@@ -246,11 +246,11 @@ def connect(processes: Processes, device: torch.device) -> None:
 
 
 @contextmanager
-def downloading() -> Iterator[None]:
-    """Lets every process wait until all have left the block, for up to an hour.
+def barrier_after_download() -> Iterator[None]:
+    """A barrier at the end of the block, with a timeout of an hour, against 10 minutes elsewhere.
 
-    The wait has a group of its own, which exists before the block: a barrier notices when another
-    process dies, while new_group() would go on waiting for it.
+    Its process group is created before the block: a barrier fails when another process has died,
+    whereas new_group() would go on waiting for it.
     """
     if not dist.is_initialized():
         yield
@@ -329,7 +329,7 @@ def atomic_write(path: Path, mode: str) -> Iterator:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = error  # torch.save wraps the system's error in a RuntimeError
         while cause and not isinstance(cause, OSError):
@@ -338,7 +338,7 @@ def atomic_write(path: Path, mode: str) -> Iterator:
             raise
         raise UserError(
             f"{path} could not be written: {cause.strerror}. What was saved before is intact.\n"
-            "Once that is mended, continue with --resume"
+            "Fix that, then continue with --resume"
         ) from error
 
 
@@ -355,11 +355,13 @@ def save_run(
     history: list[dict],
     is_best: bool = False,
 ) -> None:
-    """Writes best.pt if the last epoch is the best, then last.pt and history.csv.
+    """Writes best.pt if the last epoch is the best, then last.pt and history.csv: rank 0 does.
 
     parts: what training changes, by name, each with a state_dict(); best.pt holds "model" alone.
     best.pt comes first, so that no last.pt on disk is ahead of the best.pt beside it.
     """
+    if this_process().rank:
+        return
     epoch = history[-1]["epoch"] if history else 0
     result = metadata | {"epoch": epoch, "history": history, "model": parts["model"].state_dict()}
     if is_best:
@@ -393,7 +395,7 @@ def _load_safely(file: BinaryIO) -> object:
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError.
 
-    A constant that it lacks is younger than its run and gets train.py's default, which means off.
+    Constants that are missing from an older checkpoint take their defaults in train.py.
     """
     try:
         with open(path, "rb") as file:
@@ -408,7 +410,7 @@ def load_checkpoint(path: Path) -> dict:
                 raise ValueError("it claims more bytes than it has")
             if not tensor.isfinite().all():
                 raise ValueError("its weights are not finite")
-        for name in ("batch_size", "image_size", "holdout_per_class", "watch"):  # never younger
+        for name in ("batch_size", "image_size", "holdout_per_class", "watch"):  # in every version
             if name not in checkpoint["constants"]:
                 raise ValueError(f"its constant {name.upper()} is missing")
     except FileNotFoundError:
@@ -427,14 +429,14 @@ def load_checkpoint(path: Path) -> dict:
 def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
     """The checkpoint that this run continues: with --resume, or after torchrun restarted it.
 
-    Raises UserError if a constant differs that says more than how long, where and how to continue.
+    Raises UserError if a constant differs, except for those in may_change.
     """
     restarted = processes.restarts > 0 and path.exists()
     if not (args.resume or restarted):
         return None
     checkpoint = load_checkpoint(path)
     if not args.resume and checkpoint.get("launcher") != processes.launcher:
-        return None  # of an earlier run: this one was restarted before it had saved anything
+        return None  # of an earlier run: torchrun restarted this one before its first save
     may_change = {"epochs", "scheduler_patience", "early_stopping_patience"}  # how long
     may_change |= {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}  # where and how
     if args.schedule == "cosine":
@@ -444,7 +446,8 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
         if value != stored and name not in may_change:
             reason = ", where its cosine schedule ends" if name == "epochs" else ""
             raise UserError(
-                f"{path} was trained with {name.upper()} = {stored!r}{reason}, now it is {value!r}.\n"
+                f"{path} was trained with {name.upper()} = {stored!r}{reason}, "
+                f"now it is {value!r}.\n"
                 "Set it back to continue that run, or start a new one without --resume"
             )
     return checkpoint
