@@ -59,9 +59,9 @@ ALLOWED = {
 def main(argv: list[str] | None = None) -> None:
     args, _ = utils.parse_flags(__file__, argv)
     folder = Path(args.results_dir)
+    classifier = Classifier(args)
     with writing_into(folder):
         tempfile.TemporaryFile(dir=folder).close()  # better to fail now than after the network ran
-    classifier = Classifier(args)
     if args.images:
         picture = classify_pictures(classifier, args, folder)
     else:
