@@ -26,7 +26,6 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -61,9 +60,17 @@ PRECISION = "auto"  # auto, bf16, fp16 or fp32; of all but classic
 COMPILE = False  # measure the compiled training step too
 JSON = ""  # file that gets the same figures
 
+ALLOWED = {
+    "BATCH_SIZE": (0, 50_000),
+    "IMAGE_SIZE": (32, 1024),
+    "STEPS": (0, 50_000),
+    "WARMUP_STEPS": (0, 50_000),
+    "REPEATS": (1, 1000),
+}
+
 
 def main(argv: list[str] | None = None) -> None:
-    args, _ = utils.parse_flags(__file__, argv, __doc__)
+    args, _ = utils.parse_flags(__file__, argv)
     device = complete(args)
     images, source = read_images(args.data_dir)
     about = describe(args, device, source)
@@ -100,10 +107,8 @@ def main(argv: list[str] | None = None) -> None:
 class ShortLoader(data.TrainLoader):
     """The project's loader over all images, its epoch as short as asked for."""
 
-    def __init__(self, images: data.Images, args: Namespace, steps: int) -> None:
-        names = [field.name for field in fields(data.Augmentation)]
-        augmentation = data.Augmentation(**{name: getattr(args, name) for name in names})
-        super().__init__(images, args.batch_size, args.image_size, augmentation, args.seed)
+    def __init__(self, images: data.Split, args: Namespace, steps: int) -> None:
+        super().__init__(images, args)
         self.steps = steps
 
     def __len__(self) -> int:
@@ -113,7 +118,7 @@ class ShortLoader(data.TrainLoader):
 class OneBatch(ShortLoader):
     """Yields one batch that is on the device already, again and again."""
 
-    def __init__(self, images: data.Images, args: Namespace, steps: int) -> None:
+    def __init__(self, images: data.Split, args: Namespace, steps: int) -> None:
         super().__init__(images, args, steps)
         self.batch = next(super().epoch(0))
 
@@ -124,18 +129,19 @@ class OneBatch(ShortLoader):
 def train_ours(
     args: Namespace,
     device: torch.device,
-    images: data.Images,
+    images: data.Split,
     kind: type[ShortLoader] = ShortLoader,
     compile_it: bool = False,
 ) -> Iterator[float]:
     """This project's training, or with OneBatch its ceiling: the timed epoch counts as a whole."""
-    run, images = start_run(args, device), images.to(device)
-    network = train.wrap(run.model, compile_it)
+    run, images = start_run(args, device, compile_it), images.to(device)
     loaders = [kind(images, args, steps) for steps in (args.warmup_steps, args.steps)]
-    yield from time_loaders(loaders, device, lambda loader: train_epoch(args, network, loader, run))
+    yield from time_loaders(
+        loaders, device, lambda loader: train.train_one_epoch(run, loader, 0, args)
+    )
 
 
-def train_classic(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
+def train_classic(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
     """As tutorials write it."""
     model = resnet.build_model(100).to(device)
     criterion = nn.CrossEntropyLoss()
@@ -157,10 +163,10 @@ def train_classic(args: Namespace, device: torch.device, images: data.Images) ->
         yield args.steps * args.batch_size / sum(seconds)
 
 
-def train_careful(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
+def train_careful(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
     """As a careful user writes it, who also lets the GPU run ahead of the host."""
-    model, optimizer, _, scaler, _ = start_run(args, device)
-    dtype, on_gpu = utils.DTYPES[args.precision], device.type == "cuda"
+    run, on_gpu = start_run(args, device), device.type == "cuda"
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
     loader = make_dataloader(args, images, persistent_workers=True, pin_memory=on_gpu)
     while True:
         model.train()
@@ -168,7 +174,7 @@ def train_careful(args: Namespace, device: torch.device, images: data.Images) ->
         for inputs, labels in time_steps(loader, args, device, seconds):
             inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
             labels = labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
+            with resnet.autocast(device, run.dtype):
                 loss = F.cross_entropy(model(inputs), labels)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -178,26 +184,24 @@ def train_careful(args: Namespace, device: torch.device, images: data.Images) ->
         yield args.steps * args.batch_size / sum(seconds)
 
 
-def evaluate(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
+def evaluate(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
     """This project's evaluation: resize, normalise, forward pass."""
-    model, dtype, size = (
-        start_run(args, device).model,
-        utils.DTYPES[args.precision],
-        args.batch_size,
-    )
-    parts = [images.select(torch.arange(size * steps)).to(device) for steps in (1, args.steps)]
+    run, size = start_run(args, device), args.batch_size
+    parts = [images.images[: size * steps].to(device) for steps in (1, args.steps)]
     loaders = [data.EvalLoader(part, size, args.image_size) for part in parts]
-    yield from time_loaders(loaders, device, lambda loader: resnet.predict(model, loader, dtype))
+    yield from time_loaders(
+        loaders, device, lambda loader: resnet.predict(run.model, loader, run.dtype)
+    )
 
 
-def augment(args: Namespace, device: torch.device, images: data.Images) -> Iterator[float]:
+def augment(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
     """This project's augmentation, resize included, a batch at a time."""
     images = images.to(device)
     loaders = [ShortLoader(images, args, steps) for steps in (args.warmup_steps, args.steps)]
     yield from time_loaders(loaders, device, lambda loader: deque(loader.epoch(0), maxlen=0))
 
 
-def augment_with_torchvision(args: Namespace, images: data.Images) -> Iterator[float]:
+def augment_with_torchvision(args: Namespace, images: data.Split) -> Iterator[float]:
     """torchvision's, an image at a time in one process: what each worker of a DataLoader does."""
     dataset, count = PilImages(images, make_transform(args)), 256
     while True:
@@ -210,23 +214,17 @@ def augment_with_torchvision(args: Namespace, images: data.Images) -> Iterator[f
 # ---- what they are made of ----------------------------------------------------------------------
 
 
-def start_run(args: Namespace, device: torch.device) -> train.Run:
-    """ResNet-50 with random weights in channels_last, and its optimizer."""
+def start_run(args: Namespace, device: torch.device, compile_it: bool = False) -> train.Run:
+    """ResNet-50 with random weights in channels_last, and what trains it."""
     model = resnet.build_model(100).to(device, memory_format=torch.channels_last)
-    return train.make_run(args, model, args.precision)
-
-
-def train_epoch(
-    args: Namespace, network: nn.Module, loader: data.TrainLoader, run: train.Run
-) -> None:
-    dtype = utils.DTYPES[args.precision]
-    train.train_one_epoch(network, loader, 0, run.optimizer, run.scaler, dtype, args.log_every)
+    settings = Namespace(**vars(args) | {"compile": compile_it})
+    return train.make_run(settings, model, args.precision)
 
 
 class PilImages(Dataset):
     """Makes a PIL image of an array's row and transforms it, as torchvision's CIFAR100 does."""
 
-    def __init__(self, images: data.Images, transform: transforms.Compose) -> None:
+    def __init__(self, images: data.Split, transform: transforms.Compose) -> None:
         self.data = np.ascontiguousarray(images.images.permute(0, 2, 3, 1).numpy())
         self.targets = images.labels.tolist()
         self.transform = transform
@@ -254,7 +252,7 @@ def make_transform(args: Namespace) -> transforms.Compose:
     )
 
 
-def make_dataloader(args: Namespace, images: data.Images, **options: bool) -> DataLoader:
+def make_dataloader(args: Namespace, images: data.Split, **options: bool) -> DataLoader:
     """A worker per core; as many batches as a turn uses, and those that they prefetch."""
     dataset, workers = PilImages(images, make_transform(args)), os.cpu_count()
     batches = args.warmup_steps + args.steps + 2 * workers
@@ -302,15 +300,6 @@ def synchronize(device: torch.device) -> None:
 
 def complete(args: Namespace) -> torch.device:
     """Fills in what is left to the device and the constants of train.py; returns the device."""
-    for name, low, high in [
-        ("batch_size", 0, 50_000),
-        ("image_size", 32, 1024),
-        ("steps", 0, 50_000),
-        ("warmup_steps", 0, 50_000),
-        ("repeats", 1, 1000),
-    ]:
-        value = getattr(args, name)
-        utils.require(low <= value <= high, name, value, f"{low:,} to {high:,}")
     device = utils.choose_device(args.device)
     on_cpu = device.type == "cpu"
     args.precision = utils.choose_precision(args.precision, device)
@@ -318,18 +307,18 @@ def complete(args: Namespace) -> torch.device:
     epoch = 50_000 // args.batch_size  # a turn is no longer than that
     args.steps = min(args.steps or (8 if on_cpu else 50), epoch)
     args.warmup_steps = min(args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count()), epoch)
-    constants, _ = utils.parse_flags(train.__file__, [], "")
+    constants, _ = utils.parse_flags(train.__file__, [])
     vars(args).update(vars(constants) | vars(args))
     return device
 
 
-def read_images(data_dir: str) -> tuple[data.Images, str]:
+def read_images(data_dir: str) -> tuple[data.Split, str]:
     """CIFAR-100's training images if they are there, else as many random ones; and which."""
     try:
         return data.read_cifar100(data_dir)[0], "CIFAR-100"
     except data.DataError as error:
         pixels = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
-        images = data.Images(pixels, torch.arange(len(pixels)) % 100)
+        images = data.Split(pixels, torch.arange(len(pixels)) % 100)
         return images, f"random pixels in CIFAR-100's shape ({str(error).split('. ')[0]})"
 
 
@@ -419,7 +408,7 @@ def take_first_step(settings: str, times: list[float]) -> None:
     times.append(time.time())
     run = start_run(args, device)
     times.append(time.time())
-    train_epoch(args, run.model, ShortLoader(images, args, 1), run)
+    train.train_one_epoch(run, ShortLoader(images, args, 1), 0, args)
     times.append(time.time())
     print(json.dumps(times))
 

@@ -1,14 +1,14 @@
 """Fixtures: the real data where it is there, and a small finished run."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 from scripts import ROOT, TINY, run_script
 
-sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
+os.environ["PYTHONPATH"] = (
+    f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the processes that tests start
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny batches gain nothing from more
 
 
@@ -33,7 +33,17 @@ def imagenet_weights() -> str:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """A folder in which TINY ran for two epochs: last.pt, best.pt and history.csv in demo/."""
-    folder = tmp_path_factory.mktemp("finished")
-    script = run_script("train.py", *TINY, "--epochs", "2", "--checkpoint-dir", "demo", cwd=folder)
+    return run_tiny(tmp_path_factory.mktemp("finished"), epochs=2)
+
+
+@pytest.fixture(scope="session")
+def four_epochs(tmp_path_factory) -> Path:
+    """The same for four epochs."""
+    return run_tiny(tmp_path_factory.mktemp("four"), epochs=4)
+
+
+def run_tiny(folder: Path, epochs: int) -> Path:
+    flags = [*TINY, "--epochs", str(epochs), "--checkpoint-dir", "demo"]
+    script = run_script("train.py", *flags, cwd=folder)
     assert script.status == 0, script.stderr
     return folder

@@ -11,13 +11,40 @@ import runpy
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train
+import utils
 
 # A whole run in seconds: 12 scans of each digit, two steps an epoch.
 TINY = ["--demo", "--train-per-class", "12", "--batch-size", "60", "--log-every", "1"]
+
+# Every operation, at a strength of its own.
+AUGMENTATION = {
+    "flip": 0.5,
+    "crop_padding": 4,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "rotation": 15.0,
+    "grayscale": 0.2,
+}
+
+
+def settings(**changes: object) -> Namespace:
+    """The settings of train.py without augmentation at 32 px, changed by name."""
+    args, _ = utils.parse_flags(train.__file__, [])
+    vars(args).update(dict.fromkeys(AUGMENTATION, 0) | {"image_size": 32})
+    assert changes.keys() <= vars(args).keys()
+    vars(args).update(changes)
+    return args
+
 
 _numbers = itertools.count()
 _server = multiprocessing.get_context("forkserver")

@@ -8,22 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripts import AUGMENTATION, settings
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 import data
+import train
+import utils
 
-OFF = dict.fromkeys(data.Augmentation.__dataclass_fields__, 0)
-ON = {
-    "flip": 0.5,
-    "crop_padding": 4,
-    "brightness": 0.4,
-    "contrast": 0.4,
-    "saturation": 0.4,
-    "hue": 0.1,
-    "rotation": 15.0,
-    "grayscale": 0.2,
-}
 CPU = torch.device("cpu")
 
 
@@ -107,7 +99,7 @@ def test_grayscale_matches_torchvision():
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_resize_and_normalise_match_torchvision(size):
     images = some_images()
-    ours = data.Preprocess(size, CPU)(images)
+    ours = data.NormalizeAndResize(size, CPU)(images)
     expected = functional.resize(images, [size, size], InterpolationMode.BILINEAR, antialias=True)
     expected = functional.normalize(expected, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
@@ -117,7 +109,9 @@ def test_resize_and_normalise_match_torchvision(size):
 def test_whole_augmentation_matches_torchvision_in_its_order():
     """Flip, crop, jitter in the given order, rotation, grayscale: torchvision, image by image."""
     images = (some_images() * 255).byte()
-    parameters = data.draw_parameters(data.Augmentation(**ON), 40, torch.Generator().manual_seed(2))
+    parameters = data.draw_parameters(
+        settings(**AUGMENTATION), 40, torch.Generator().manual_seed(2)
+    )
     jitter_order = [2, 0, 3, 1]
     ours = data.augment(images, parameters, 4, jitter_order)
     for i, image in enumerate(images):
@@ -139,8 +133,9 @@ def test_whole_augmentation_matches_torchvision_in_its_order():
     ("strength", "low", "high"), [(0.4, 0.6, 1.4), (1.5, 0.0, 2.5)], ids=["inside", "clipped at 0"]
 )
 def test_jitter_factors_are_distributed_as_torchvisions(strength, low, high):
-    augmentation = data.Augmentation(**OFF | {"brightness": strength})
-    ours = data.draw_parameters(augmentation, 20_000, torch.Generator().manual_seed(3))
+    ours = data.draw_parameters(
+        settings(brightness=strength), 20_000, torch.Generator().manual_seed(3)
+    )
     torch.manual_seed(4)
     jitter = v2.ColorJitter(brightness=strength)
     theirs = [jitter.make_params([])["brightness_factor"] for _ in range(4000)]
@@ -149,8 +144,9 @@ def test_jitter_factors_are_distributed_as_torchvisions(strength, low, high):
 
 
 def test_hue_and_angle_are_distributed_as_torchvisions():
-    augmentation = data.Augmentation(**OFF | {"hue": 0.3, "rotation": 30.0})
-    ours = data.draw_parameters(augmentation, 20_000, torch.Generator().manual_seed(5))
+    ours = data.draw_parameters(
+        settings(hue=0.3, rotation=30.0), 20_000, torch.Generator().manual_seed(5)
+    )
     torch.manual_seed(6)
     jitter, rotation = v2.ColorJitter(hue=0.3), v2.RandomRotation(30)
     assert_same_distribution(
@@ -169,8 +165,7 @@ def assert_same_distribution(ours, theirs) -> None:
 
 
 def test_crop_positions_are_uniform_and_reach_every_offset():
-    augmentation = data.Augmentation(**OFF | {"crop_padding": 4})
-    drawn = data.draw_parameters(augmentation, 9000, torch.Generator().manual_seed(7))
+    drawn = data.draw_parameters(settings(crop_padding=4), 9000, torch.Generator().manual_seed(7))
     for side in ("top", "left"):
         counts = Counter(drawn[side].tolist())
         assert sorted(counts) == list(range(9))
@@ -178,20 +173,21 @@ def test_crop_positions_are_uniform_and_reach_every_offset():
 
 
 def test_flip_and_grayscale_happen_as_often_as_asked():
-    augmentation = data.Augmentation(**OFF | {"flip": 0.5, "grayscale": 0.1})
-    drawn = data.draw_parameters(augmentation, 20_000, torch.Generator().manual_seed(8))
+    drawn = data.draw_parameters(
+        settings(flip=0.5, grayscale=0.1), 20_000, torch.Generator().manual_seed(8)
+    )
     assert abs(drawn["flip"].float().mean() - 0.5) < 0.02
     assert abs(drawn["grayscale"].float().mean() - 0.1) < 0.01
 
 
 def test_each_image_gets_parameters_of_its_own():
-    drawn = data.draw_parameters(data.Augmentation(**ON), 64, torch.Generator().manual_seed(9))
+    drawn = data.draw_parameters(settings(**AUGMENTATION), 64, torch.Generator().manual_seed(9))
     for name in ("brightness", "contrast", "saturation", "hue", "angle"):
         assert len(drawn[name].unique()) == 64
 
 
 def test_strength_zero_leaves_an_operation_out():
-    assert data.draw_parameters(data.Augmentation(**OFF), 5, torch.Generator()) == {}
+    assert data.draw_parameters(settings(), 5, torch.Generator()) == {}
     images = (some_images() * 255).byte()
     assert torch.equal(data.augment(images, {}, 0, [0, 1, 2, 3]), images.float() / 255)
 
@@ -199,15 +195,16 @@ def test_strength_zero_leaves_an_operation_out():
 # ---- loaders ------------------------------------------------------------------------------------
 
 
-def numbered(count: int) -> data.Images:
+def numbered(count: int) -> data.Split:
     """Images whose label says which one they are."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return data.Images(images, torch.arange(count))
+    return data.Split(images, torch.arange(count))
 
 
-def train_loader(count=50, batch_size=8, seed=0, **share) -> data.TrainLoader:
-    return data.TrainLoader(numbered(count), batch_size, 32, data.Augmentation(**ON), seed, **share)
+def train_loader(count=50, batch_size=8, seed=0, **place) -> data.TrainLoader:
+    args = settings(batch_size=batch_size, seed=seed, **AUGMENTATION)
+    return data.TrainLoader(numbered(count), args, **place)
 
 
 def test_same_seed_and_epoch_give_the_same_batches():
@@ -244,26 +241,34 @@ def test_processes_share_one_global_batch():
 
 
 def test_batches_are_channels_last_at_the_image_size():
-    loader = data.TrainLoader(numbered(8), 4, 64, data.Augmentation(**ON), 0)
+    loader = data.TrainLoader(numbered(8), settings(batch_size=4, image_size=64, **AUGMENTATION))
     for images, labels in loader.epoch(0):
         assert images.shape == (4, 3, 64, 64) and labels.dtype == torch.int64
         assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_val_loader_never_shuffles_and_counts_every_image_once():
-    loader = data.EvalLoader(numbered(10), 4, 32)
-    assert len(loader) == 3
-    assert torch.equal(torch.cat([labels for _, labels in loader]), torch.arange(10))
-    shards = [data.EvalLoader(numbered(10), 4, 32, rank, 3).labels for rank in range(3)]
-    assert sorted(torch.cat(shards).tolist()) == list(range(10))
-
-
-def test_val_loader_leaves_the_pixels_alone():
-    data_set = numbered(3)
-    (images, _) = next(iter(data.EvalLoader(data_set, 3, 32)))
+def test_val_loader_never_shuffles_and_shows_every_image_once():
+    images, loader = numbered(10).images, data.EvalLoader(numbered(10).images, 4, 32)
+    assert len(loader) == 3 and [len(batch) for batch in loader] == [4, 4, 2]
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    torch.testing.assert_close(images * std + mean, data_set.images / 255, rtol=0, atol=1e-6)
+    pixels = torch.cat(list(loader)) * std + mean
+    torch.testing.assert_close(pixels, images / 255, rtol=0, atol=1e-6)
+
+
+def test_processes_validate_on_every_image_once_with_its_label():
+    shares = []
+    for rank in range(3):
+        place = utils.Processes(rank=rank, world_size=3)
+        _, loader, labels, _ = train.make_loaders("digits", settings(batch_size=60), place, CPU)
+        assert loader.batch_size == 20
+        shares.append(
+            {image.numpy().tobytes(): label for image, label in zip(loader.images, labels)}
+        )
+        assert len(shares[-1]) == len(labels) == len(loader.images) == 120
+    _, test, _ = data.read_digits()
+    everything = {image.numpy().tobytes(): label for image, label in zip(*test)}
+    assert shares[0] | shares[1] | shares[2] == everything and len(everything) == 360
 
 
 # ---- splits -------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
+from scripts import ROOT
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
@@ -24,7 +24,6 @@ import model as resnet
 import train
 import utils
 
-ROOT = Path(__file__).parent.parent
 OFFICIAL = ROOT / "data" / "cifar-100-python"
 
 TABLES = {"metrics.json", "confusion_matrix.csv", "predictions.csv"}
@@ -51,7 +50,7 @@ def checkpoint(trained, tmp_path_factory):
     features = []
     model.fc[1].register_forward_hook(lambda module, inputs, output: features.append(output))
     with torch.no_grad():
-        batch = data.Preprocess(32, torch.device("cpu"))(images / 255)
+        batch = data.NormalizeAndResize(32, torch.device("cpu"))(images / 255)
         for module in model.modules():
             module.momentum = 1.0  # batch norm takes this batch's statistics
         model.train()(batch)
@@ -116,15 +115,16 @@ def read_metrics(folder):
 
 def as_result(labels, predicted, classes):
     nothing = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
-    labels, predicted = np.array(labels), np.array(predicted)
-    return evaluate.Result(nothing, labels, predicted, np.ones(len(labels)), classes)
+    logits = 100 * torch.eye(len(classes))[torch.tensor(predicted)]
+    return evaluate.Result(data.Split(nothing, torch.tensor(labels)), logits[None], classes)
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 
 def test_report_names_an_absent_class_and_agrees_with_hand_worked_numbers():
-    text, report = evaluate.report_classes(as_result([0, 0, 0, 2], [0, 0, 2, 2], ["a", "b", "c"]))
+    result = as_result([0, 0, 0, 2], [0, 0, 2, 2], ["a", "b", "c"])
+    text, report = result.report_text, result.report
     assert report["a"] == {"precision": 1, "recall": 2 / 3, "f1-score": 0.8, "support": 3}
     assert report["b"] == {"precision": 0, "recall": 0, "f1-score": 0, "support": 0}
     assert report["c"] == pytest.approx(
@@ -226,13 +226,14 @@ def test_every_file_is_written_and_every_picture_opens(results):
 
 def test_superclasses_of_digits_are_left_out_in_one_line(mirrored):
     folder, output = mirrored
-    assert "nothing to draw in superclass_confusion_matrix.png\n" in output
+    notes = [line for line in output.splitlines() if "nothing to draw" in line]
+    assert notes == ["note     nothing to draw in superclass_confusion_matrix.png"]
     assert not (folder / "superclass_confusion_matrix.png").exists()
 
 
 def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(mirrored):
     folder, output = mirrored
-    assert "these images took no part in training or in choosing the checkpoint" in output
+    assert "these images were used neither to train nor to select the checkpoint" in output
     assert read_metrics(folder)["test_images_chose_checkpoint"] is False
 
 
@@ -248,7 +249,7 @@ def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, mirrored
     model.load_state_dict(state["model"])
     logits = sum(
         resnet.predict(model, data.EvalLoader(view, 64, 32), utils.DTYPES[state["precision"]])
-        for view in (test, data.Images(test.images.flip(3), test.labels))
+        for view in (test.images, test.images.flip(3))
     )
     expected = (logits.argmax(1) == test.labels).float().mean().item()
     assert averaged["top1_accuracy"] == pytest.approx(expected)
@@ -256,14 +257,15 @@ def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, mirrored
 
 
 def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_path):
-    longer = [{"epoch": epoch, "val_loss": 1 / epoch} for epoch in (1, 2, 3)]
-    utils.write_history(tmp_path / "history.csv", longer)
-    assert evaluate.read_history(tmp_path / "history.csv", longer[:2]) == longer
-    other = [{"epoch": 1, "val_loss": 0.7}]
-    assert evaluate.read_history(tmp_path / "history.csv", other) == other
-    (tmp_path / "history.csv").write_text("epoch,val_loss\n1,half\n")
-    assert evaluate.read_history(tmp_path / "history.csv", other) == other
-    assert evaluate.read_history(tmp_path / "none.csv", other) == other
+    best, history = tmp_path / "best.pt", tmp_path / "history.csv"
+    longer, other = ([{"epoch": 1, "val_loss": x}, {"epoch": 2, "val_loss": 0.5}] for x in (1, 0.7))
+    history.write_text("epoch,val_loss\n1,1.0\n2,0.5\n")
+    assert evaluate.read_history(best, longer[:1]) == longer
+    assert evaluate.read_history(best, other[:1]) == other[:1]
+    history.write_text("epoch,val_loss\n1,half\n")
+    assert evaluate.read_history(best, other) == other
+    history.unlink()
+    assert evaluate.read_history(best, other) == other
 
 
 def test_a_results_folder_that_cannot_be_written_is_one_message(checkpoint, tmp_path):

@@ -128,17 +128,18 @@ def test_signal_before_the_first_epoch_says_so(tmp_path):
 # ---- full disks, other runs ---------------------------------------------------------------------
 
 
-def test_full_disk_keeps_the_previous_checkpoints(tmp_path, finished_run):
-    # last.pt has 99 MB at first and 197 MB once there are momentum buffers; best.pt has 99 MB.
+def test_full_disk_keeps_the_previous_checkpoints(tmp_path, finished_run, four_epochs):
+    """A limit that best.pt, 99 MB, is within, and last.pt with its momentum, 197 MB, is not."""
+    link_run(finished_run, tmp_path)
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000_000, 150_000_000))
-    script = run_script("train.py", *RUN, "--epochs", "2", cwd=tmp_path, prepare=limit)
+    flags = [*RUN, "--epochs", "4", "--resume"]
+    script = run_script("train.py", *flags, cwd=tmp_path, prepare=limit)
     assert_explained(script, "demo/last.pt could not be written: File too large", "--resume")
-    assert load(tmp_path / "demo" / "last.pt")["epoch"] == 0
+    assert load(tmp_path / "demo" / "last.pt")["epoch"] == 2
     assert_whole(tmp_path / "demo")
     assert not list((tmp_path / "demo").glob("*.tmp"))
-    assert run_script("train.py", *RUN, "--epochs", "2", "--resume", cwd=tmp_path).status == 0
-    whole = load(finished_run / "demo" / "last.pt")
-    assert_same(load(tmp_path / "demo" / "last.pt")["model"], whole["model"])
+    assert run_script("train.py", *flags, cwd=tmp_path).status == 0
+    assert_same(*(load(folder / "demo" / "last.pt") for folder in (tmp_path, four_epochs)))
 
 
 def test_leftover_of_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path, finished_run):

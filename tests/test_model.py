@@ -83,9 +83,9 @@ def test_predict_gives_every_image_its_logits_in_order():
     torch.manual_seed(0)
     network = resnet.build_model(10).train()
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
-    loader = data.EvalLoader(data.Images(images, torch.arange(7)), 3, 32)
+    loader = data.EvalLoader(images, 3, 32)
     logits = resnet.predict(network, loader, torch.float32)
     assert logits.shape == (7, 10)
     with torch.inference_mode():
-        last = network.eval()(data.Preprocess(32, torch.device("cpu"))(images[6:] / 255))
+        last = network.eval()(data.NormalizeAndResize(32, torch.device("cpu"))(images[6:] / 255))
     torch.testing.assert_close(logits[6:], last)

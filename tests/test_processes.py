@@ -26,9 +26,9 @@ def start(command: list[str], cwd: Path) -> subprocess.Popen:
 # dropout: what else differs between one process and two is a mistake.
 WORKER = """
 import json, sys
-from argparse import Namespace
 import torch, torchvision
 import data, train, utils
+from scripts import AUGMENTATION, settings
 
 class SameEverywhere(torch.nn.Module):
     def __init__(self, network):
@@ -40,28 +40,21 @@ class SameEverywhere(torch.nn.Module):
         return self.network(images.double())
 
 processes = utils.this_process()
-cpu = torch.device("cpu")
-utils.connect(processes, cpu)
-images, test, classes = data.read_digits()
-images, test = images.select(torch.arange(80)), test.select(torch.arange(31))
-on = data.Augmentation(0.5, 4, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
-share = {"rank": processes.rank, "world_size": processes.world_size}
-loader = data.TrainLoader(images, 4, 32, on, 0, **share)
-val_loader = data.EvalLoader(test, 8 // processes.world_size, 32, **share)
-args = Namespace(learning_rate=0.001, momentum=0.9, weight_decay=5e-4, watch="loss",
-    scheduler_factor=0.1, scheduler_patience=2, early_stopping_patience=7)
+rank, world_size = processes.rank, processes.world_size
+utils.connect(processes, torch.device("cpu"))
+args = settings(batch_size=4, learning_rate=0.001, **AUGMENTATION)
+images, test, _ = data.read_digits()
+loader = data.TrainLoader(images.select(slice(80)), args, rank, world_size)
+test = test.select(slice(rank, 31, world_size))
 torch.manual_seed(0)
 network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 10)
-network = network.double()
-run = train.make_run(args, network, "fp32")
-network = train.wrap(SameEverywhere(run.model), False)
-row = train.train_one_epoch(network, loader, 0, run.optimizer, run.scaler, torch.float64, 20)
-val = train.validate(SameEverywhere(run.model), val_loader, torch.float64)
-steps, world = len(loader), processes.world_size
-if processes.rank == 0:
-    print(json.dumps({"steps": steps, "world": world, **row, **val}))
-    torch.save(run.model.state_dict(), sys.argv[1])
-utils.disconnect(None)
+run = train.make_run(args, SameEverywhere(network.double()), "fp32")
+row = train.train_one_epoch(run, loader, 0, args)
+val = train.validate(run, data.EvalLoader(test.images, 8 // world_size, 32), test.labels)
+if rank == 0:
+    print(json.dumps({"steps": len(loader), "world": world_size, **row, **val}))
+    torch.save(run.model.network.state_dict(), sys.argv[1])
+utils.disconnect()
 """
 
 
@@ -111,7 +104,7 @@ def test_batch_size_that_the_processes_cannot_share_is_refused_before_anything_s
     flags = ["--demo", "--batch-size", "61"]
     script = run_script("train.py", *flags, cwd=tmp_path, prepare=be_one_of_two)
     assert script.status == 2
-    assert script.stderr == "train.py: --batch-size 61: expected a multiple of the 2 processes\n"
+    assert script.stderr == "train.py: --batch-size 61: expected a multiple of 2 processes\n"
     assert not (tmp_path / "checkpoints").exists()
 
 

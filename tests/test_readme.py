@@ -33,7 +33,7 @@ def test_every_command_of_the_readme_names_files_and_flags_that_exist(command):
     script = next(word for word in words if word.endswith(".py"))
     flags = words[words.index(script) + 1 :]
     if "--help" not in flags:
-        utils.parse_flags(str(ROOT / script), flags, "")
+        utils.parse_flags(str(ROOT / script), flags)
 
 
 def test_constants_table_of_the_readme_gives_the_defaults_of_train():

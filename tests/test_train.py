@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import TINY, run_script
+from scripts import AUGMENTATION, TINY, run_script, settings
 
 import data
 import model
@@ -43,13 +43,6 @@ def assert_same(ours, theirs) -> None:
         assert ours == theirs
 
 
-@pytest.fixture(scope="module")
-def four_epochs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    assert train_tiny(folder, "--epochs", "4").status == 0
-    return folder
-
-
 def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     out = next(finished_run.glob("*.out")).read_text()
     labels = [line.split()[0] for line in out.splitlines()]
@@ -59,10 +52,10 @@ def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     assert (
         "24,562,250 parameters" in out
     )  # 100 classes less 90 rows of 513 numbers in the last layer
-    assert re.search(
-        r"epoch +1/2 .*train \d.* %.*validation \d.* %.* s .*images/s +best$", out, re.MULTILINE
-    )
-    assert re.search(r"best +epoch \d: validation [\d.]+ % .*demo/best.pt", out)
+    figures = r"loss \d+\.\d{4}, accuracy \d+\.\d\d %"
+    line = rf"epoch    1/2  lr 0.02  train {figures}  validation {figures}  [\d.]+ s  \d+ images/s  best"
+    assert re.search(f"^{line}$", out, re.MULTILINE)
+    assert re.search(r"best +epoch \d: validation accuracy [\d.]+ % .*demo/best.pt", out)
     assert out.endswith("python evaluate.py --checkpoint demo/best.pt\n")
     assert "\r" not in out and next(finished_run.glob("*.err")).read_text() == ""
 
@@ -166,8 +159,7 @@ def test_new_run_moves_the_earlier_one_aside(finished_run, tmp_path):
 
 
 def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
-    args, _ = utils.parse_flags(train.__file__, [], "")
-    run = train.make_run(args, torch.nn.Linear(2, 2), "fp32")
+    run = train.make_run(settings(), torch.nn.Linear(2, 2), "fp32")
     for epoch, loss in enumerate([2.0, 1.9999999, 1.9999999, 2.5, 1.9, 3, 3], start=1):
         run.scheduler.step(loss)
         run.stopping.step(loss, epoch)
@@ -177,10 +169,9 @@ def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
 
 def test_step_that_fp16_skips_leaves_the_momentum_alone():
     """An overflow at first, then a gradient of 1: one plain SGD step of lr 0.01 from 1."""
-    args, _ = utils.parse_flags(train.__file__, ["--weight-decay", "0"], "")
     layer = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(layer.weight)
-    run = train.make_run(args, layer, "fp16")
+    run = train.make_run(settings(weight_decay=0), layer, "fp16")
     for factor in (float("inf"), 1.0):
         run.optimizer.zero_grad()
         run.scaler.scale(layer.weight.sum() * factor).backward()
@@ -194,7 +185,7 @@ def test_fp16_and_fp32_train_too(tmp_path):
     for precision in ("fp16", "fp32"):
         script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
         assert script.status == 0, script.stderr
-        assert f", {precision}, channels_last" in script.stdout
+        assert f", {precision}, processes: 1" in script.stdout
 
 
 def test_cifar100_trains_from_real_weights_on_the_real_images(
@@ -208,7 +199,7 @@ def test_cifar100_trains_from_real_weights_on_the_real_images(
     )
     assert script.status == 0, script.stderr
     assert "cifar100: 200 training and 500 validation images, 100 classes" in script.stdout
-    assert "choose best.pt" not in script.stdout
+    assert "best.pt is selected on the test images" not in script.stdout
     assert script.stdout.endswith("next     python evaluate.py\n")
 
 
@@ -218,22 +209,18 @@ def test_compiled_step_is_compiled_once_and_computes_the_same():
     from torch._dynamo.utils import counters
 
     figures = {}
-    args, _ = utils.parse_flags(train.__file__, [], "")
-    images, test, _ = data.read_digits()
-    augmentation = data.Augmentation(0, 2, 0.2, 0.2, 0.2, 0.1, 10.0, 0.2)
-    loader = data.TrainLoader(images.select(torch.arange(16)), 16, 32, augmentation, 0)
-    val_loader = data.EvalLoader(test.select(torch.arange(20)), 16, 32)
+    digits, test, _ = data.read_digits()
     for compile_it in (False, True):
+        args = settings(batch_size=16, log_every=1, compile=compile_it, **AUGMENTATION)
+        loader = data.TrainLoader(digits.select(slice(16)), args)
+        val_loader = data.EvalLoader(test.images[:20], 16, 32)
         torch.manual_seed(0)
         network = model.build_model(10).to(memory_format=torch.channels_last)
         network.fc[2].p = 0.0  # compiled, dropout draws other numbers
-        run = train.make_run(args, network, "fp32")
-        wrapped, graphs = train.wrap(network, compile_it), []
+        run, graphs = train.make_run(args, network, "fp32"), []
         for epoch in range(3):
-            figures[compile_it, epoch] = train.train_one_epoch(
-                wrapped, loader, epoch, run.optimizer, run.scaler, torch.float32, 1
-            )
-            train.validate(network, val_loader, torch.float32)
+            figures[compile_it, epoch] = train.train_one_epoch(run, loader, epoch, args)
+            train.validate(run, val_loader, test.labels[:20])
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3
     assert figures[True, 0]["train_loss"] == pytest.approx(

@@ -17,28 +17,30 @@ RATE = 0.1  # the step
 NAME = "a"  # which
 FAST = False  # quickly
 PATHS = []  # some files
-PRESET = {"EPOCHS": 2, "RATE": 0.5}
+DEMO = False  # try it
+ALLOWED = {"EPOCHS": (1, 100), "NAME": ["a", "b"], "RATE": (0, 1)}
+DEMO_SETTINGS = {"EPOCHS": 2, "RATE": 0.5}
 """
 
 
-def parse(tmp_path, *argv, presets=None):
+def parse(tmp_path, *argv):
     (tmp_path / "script.py").write_text(SCRIPT)
-    return utils.parse_flags(str(tmp_path / "script.py"), list(argv), "what it does", presets)
+    return utils.parse_flags(str(tmp_path / "script.py"), list(argv))
 
 
 def test_every_constant_is_a_flag_of_its_type(tmp_path):
     args, changed = parse(
         tmp_path, "--epochs", "3", "--rate", "1e-2", "--fast", "--paths", "x", "y"
     )
-    assert vars(args) == {"epochs": 3, "rate": 0.01, "name": "a", "fast": True, "paths": ["x", "y"]}
-    assert changed == {"epochs": 3, "rate": 0.01, "fast": True, "paths": ["x", "y"]}
+    expected = {"epochs": 3, "rate": 0.01, "fast": True, "paths": ["x", "y"]}
+    assert changed == expected and vars(args) == expected | {"name": "a", "demo": False}
     assert parse(tmp_path, "--no-fast")[1] == {}
 
 
 def test_constant_that_is_no_literal_is_named(tmp_path):
     (tmp_path / "script.py").write_text("import os\n\nHOME = os.environ['HOME']  # where\n")
     with pytest.raises(utils.UserError, match="script.py, line 3: HOME must be a plain number"):
-        utils.parse_flags(str(tmp_path / "script.py"), [], "")
+        utils.parse_flags(str(tmp_path / "script.py"), [])
 
 
 def test_help_shows_each_comment_type_and_default(tmp_path, capsys):
@@ -50,10 +52,9 @@ def test_help_shows_each_comment_type_and_default(tmp_path, capsys):
     assert "--fast, --no-fast quickly (default: False)" in out
 
 
-def test_flags_beat_a_preset_and_a_preset_beats_the_constants(tmp_path):
-    presets = {"fast": {"EPOCHS": 2, "RATE": 0.5}}
-    assert parse(tmp_path, presets=presets)[0].epochs == 60
-    args, _ = parse(tmp_path, "--fast", "--rate", "0.7", presets=presets)
+def test_flags_win_over_demo_settings_and_those_over_the_constants(tmp_path):
+    assert parse(tmp_path)[0].epochs == 60
+    args, _ = parse(tmp_path, "--demo", "--rate", "0.7")
     assert (args.epochs, args.rate, args.name) == (2, 0.7, "a")
 
 
@@ -68,7 +69,10 @@ def test_flags_beat_a_preset_and_a_preset_beats_the_constants(tmp_path):
         ["-e", "3"],
     ],
 )
-def test_unknown_flag_or_wrong_type_is_one_line_and_exit_status_2(tmp_path, argv, capsys):
+def test_unknown_flag_or_wrong_type_is_one_line_and_exit_status_2(
+    tmp_path, argv, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["script.py"])
     with pytest.raises(SystemExit) as end:
         parse(tmp_path, *argv)
     err = capsys.readouterr().err
@@ -79,11 +83,14 @@ def test_unknown_flag_or_wrong_type_is_one_line_and_exit_status_2(tmp_path, argv
 def test_every_constant_of_a_script_is_commented_and_read(script):
     """A comment is the flag's help; a constant that nothing reads would be a lie."""
     source = (ROOT / script).read_text()
-    args, _ = utils.parse_flags(str(ROOT / script), [], "")
+    readers = source + "".join((ROOT / name).read_text() for name in ("data.py", "utils.py"))
+    args, _ = utils.parse_flags(str(ROOT / script), [])
     for name in vars(args):
         line = re.search(rf"^{name.upper()} = .*$", source, re.MULTILINE).group()
         assert re.search(r"  # \w+", line), f"{name.upper()} has no comment"
-        assert re.search(rf'\bargs\.{name}\b|"{name}"', source), f"{name.upper()} is never read"
+        assert re.search(rf'\b(args|settings)\.{name}\b|"{name}"', readers), (
+            f"{name.upper()} is never read"
+        )
 
 
 # What every edge of every flag gives: 2 for what cannot be right whatever the data and the machine.
@@ -144,7 +151,9 @@ def test_flag_of_evaluate_at_its_edge_is_one_line_and_exit_status_2(argv, capsys
 def test_batch_of_one_is_refused_where_batch_norm_cannot_take_it(capsys):
     with pytest.raises(SystemExit):
         train.main(["--demo", "--batch-size", "1"])
-    assert "--batch-size 1: expected more: batch norm needs 2 images" in capsys.readouterr().err
+    assert (
+        "--batch-size 1: expected at least 2 images per process at 32 px" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("flag", ["watch", "rotation", "seed", "crop-padding", "flip"])
@@ -155,7 +164,7 @@ def test_range_message_says_found_and_expected(flag, capsys):
 
 
 def test_early_stopping_counts_epochs_without_a_better_one():
-    stopping = utils.EarlyStopping(patience=3, mode="min")
+    stopping = train.EarlyStopping(patience=3, mode="min")
     losses = [3.0, 2.0, 2.0, 2.5, 1.9, 1.9, 2.0, 5.0]
     better = [stopping.step(loss, epoch) for epoch, loss in enumerate(losses, start=1)]
     assert better == [True, True, False, False, True, False, False, False]
@@ -163,7 +172,7 @@ def test_early_stopping_counts_epochs_without_a_better_one():
 
 
 def test_early_stopping_can_watch_what_should_rise():
-    stopping = utils.EarlyStopping(patience=1, mode="max")
+    stopping = train.EarlyStopping(patience=1, mode="max")
     assert stopping.step(0.5, 1) and stopping.step(0.6, 2) and not stopping.should_stop
     assert not stopping.step(0.6, 3) and stopping.should_stop
 
