@@ -137,7 +137,7 @@ def train_ours(
     run, images = start_run(args, device, compile_it), images.to(device)
     loaders = [kind(images, args, steps) for steps in (args.warmup_steps, args.steps)]
     yield from time_loaders(
-        loaders, device, lambda loader: train.train_one_epoch(run, loader, 0, args)
+        loaders, device, lambda loader: train.train_one_epoch(run, loader, 1, args)
     )
 
 
@@ -408,7 +408,7 @@ def take_first_step(settings: str, times: list[float]) -> None:
     times.append(time.time())
     run = start_run(args, device)
     times.append(time.time())
-    train.train_one_epoch(run, ShortLoader(images, args, 1), 0, args)
+    train.train_one_epoch(run, ShortLoader(images, args, 1), 1, args)
     times.append(time.time())
     print(json.dumps(times))
 

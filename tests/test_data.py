@@ -110,7 +110,7 @@ def test_whole_augmentation_matches_torchvision_in_its_order():
     """Flip, crop, jitter in the given order, rotation, grayscale: torchvision, image by image."""
     images = (some_images() * 255).byte()
     parameters = data.draw_parameters(
-        settings(**AUGMENTATION), 40, torch.Generator().manual_seed(2)
+        settings(**AUGMENTATION), 40, 32, torch.Generator().manual_seed(2)
     )
     jitter_order = [2, 0, 3, 1]
     ours = data.augment(images, parameters, 4, jitter_order)
@@ -134,7 +134,7 @@ def test_whole_augmentation_matches_torchvision_in_its_order():
 )
 def test_jitter_factors_are_distributed_as_torchvisions(strength, low, high):
     ours = data.draw_parameters(
-        settings(brightness=strength), 20_000, torch.Generator().manual_seed(3)
+        settings(brightness=strength), 20_000, 32, torch.Generator().manual_seed(3)
     )
     torch.manual_seed(4)
     jitter = v2.ColorJitter(brightness=strength)
@@ -145,7 +145,7 @@ def test_jitter_factors_are_distributed_as_torchvisions(strength, low, high):
 
 def test_hue_and_angle_are_distributed_as_torchvisions():
     ours = data.draw_parameters(
-        settings(hue=0.3, rotation=30.0), 20_000, torch.Generator().manual_seed(5)
+        settings(hue=0.3, rotation=30.0), 20_000, 32, torch.Generator().manual_seed(5)
     )
     torch.manual_seed(6)
     jitter, rotation = v2.ColorJitter(hue=0.3), v2.RandomRotation(30)
@@ -165,7 +165,9 @@ def assert_same_distribution(ours, theirs) -> None:
 
 
 def test_crop_positions_are_uniform_and_reach_every_offset():
-    drawn = data.draw_parameters(settings(crop_padding=4), 9000, torch.Generator().manual_seed(7))
+    drawn = data.draw_parameters(
+        settings(crop_padding=4), 9000, 32, torch.Generator().manual_seed(7)
+    )
     for side in ("top", "left"):
         counts = Counter(drawn[side].tolist())
         assert sorted(counts) == list(range(9))
@@ -174,20 +176,20 @@ def test_crop_positions_are_uniform_and_reach_every_offset():
 
 def test_flip_and_grayscale_happen_as_often_as_asked():
     drawn = data.draw_parameters(
-        settings(flip=0.5, grayscale=0.1), 20_000, torch.Generator().manual_seed(8)
+        settings(flip=0.5, grayscale=0.1), 20_000, 32, torch.Generator().manual_seed(8)
     )
     assert abs(drawn["flip"].float().mean() - 0.5) < 0.02
     assert abs(drawn["grayscale"].float().mean() - 0.1) < 0.01
 
 
 def test_each_image_gets_parameters_of_its_own():
-    drawn = data.draw_parameters(settings(**AUGMENTATION), 64, torch.Generator().manual_seed(9))
+    drawn = data.draw_parameters(settings(**AUGMENTATION), 64, 32, torch.Generator().manual_seed(9))
     for name in ("brightness", "contrast", "saturation", "hue", "angle"):
         assert len(drawn[name].unique()) == 64
 
 
 def test_strength_zero_leaves_an_operation_out():
-    assert data.draw_parameters(settings(), 5, torch.Generator()) == {}
+    assert data.draw_parameters(settings(), 5, 32, torch.Generator()) == {}
     images = (some_images() * 255).byte()
     assert torch.equal(data.augment(images, {}, 0, [0, 1, 2, 3]), images.float() / 255)
 
