@@ -1,5 +1,6 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -79,9 +80,15 @@ def read_weights(weights: str) -> tuple[dict[str, Tensor], list[str]]:
             f'Expected {", ".join(names)}, the path of a state_dict file, or "".'
         )
     try:
+        if zipfile.is_zipfile(weights):  # torch.load verifies no checksum
+            with zipfile.ZipFile(weights) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} in it fails its checksum")
         state = torch.load(weights, map_location="cpu", weights_only=True)
         classes = state.get("classes", [])
         state = state["model"] if classes else state
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError("its weights are not finite")
         return {name: tensor.float() for name, tensor in state.items()}, classes
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
