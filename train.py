@@ -442,7 +442,12 @@ def make_loaders(
     val_split = train_split.select(holdout) if args.holdout_per_class else test_split
     train_split = train_split.select(train)
     sizes = len(train_split.labels), len(val_split.labels)
-    if min(sizes) < processes.world_size:
+    if len(train_split.labels.unique()) < len(classes):
+        raise utils.UserError(
+            f"--holdout-per-class {args.holdout_per_class} leaves no training images of a class"
+        )
+    step = 2 if args.mixup or args.cutmix else 1  # images that each process trains on together
+    if min(sizes[0] // step, sizes[1]) < processes.world_size:
         raise utils.UserError(
             f"{sizes[0]} training and {sizes[1]} validation images are too few for "
             f"{processes.world_size} processes; see --holdout-per-class, --train-per-class"
