@@ -1,15 +1,28 @@
-"""Fixtures: the real data where it is there, and a small finished run."""
+"""Two processes at a time; fixtures: the real data where it is there, and small finished runs."""
 
+import fcntl
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from scripts import ROOT, TINY, run_script
 
-os.environ["PYTHONPATH"] = (
-    f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the processes that tests start
-)
+# For the processes that tests start:
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny batches gain nothing from more
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs two processes where pytest-xdist is installed; one for -n, --pdb and a GPU's tests."""
+    options, on_gpu = config.option, re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    if hasattr(config, "workerinput") or not hasattr(options, "numprocesses"):
+        return  # this is one of the two, or there is no pytest-xdist
+    if options.numprocesses is None and not options.usepdb and not on_gpu:
+        options.numprocesses = min(2, os.cpu_count())
+        options.dist = "worksteal" if options.dist == "no" else options.dist
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +46,30 @@ def imagenet_weights() -> str:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """A folder in which TINY ran for two epochs: last.pt, best.pt and history.csv in demo/."""
-    return run_tiny(tmp_path_factory.mktemp("finished"), epochs=2)
+    return share_folder(tmp_path_factory, "two-epochs", lambda folder: run_tiny(folder, "2"))
 
 
 @pytest.fixture(scope="session")
 def four_epochs(tmp_path_factory) -> Path:
     """The same for four epochs."""
-    return run_tiny(tmp_path_factory.mktemp("four"), epochs=4)
+    return share_folder(tmp_path_factory, "four-epochs", lambda folder: run_tiny(folder, "4"))
 
 
-def run_tiny(folder: Path, epochs: int) -> Path:
-    flags = [*TINY, "--epochs", str(epochs), "--checkpoint-dir", "demo"]
+def run_tiny(folder: Path, epochs: str) -> None:
+    flags = [*TINY, "--epochs", epochs, "--checkpoint-dir", "demo"]
     script = run_script("train.py", *flags, cwd=folder)
     assert script.status == 0, script.stderr
+
+
+def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that the first process of pytest-xdist to ask for it fills for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, scratch = base / name, base / f"{name}-unfinished"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            scratch.mkdir(exist_ok=True)
+            fill(scratch)
+            scratch.rename(folder)
     return folder

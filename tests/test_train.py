@@ -2,15 +2,20 @@
 
 import csv
 import functools
+import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import AUGMENTATION, TINY, run_script, settings
+from PIL import Image
+from scripts import AUGMENTATION, TINY, link_run, run_script, settings
+from tqdm import tqdm
 
 import data
+import evaluate
 import model
 import train
 import utils
@@ -46,16 +51,28 @@ def assert_same(ours, theirs) -> None:
 def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     out = next(finished_run.glob("*.out")).read_text()
     labels = [line.split()[0] for line in out.splitlines()]
-    assert labels[:4] == ["device", "changed", "data", "note"]
-    assert labels[-5:] == ["epoch", "epoch", "finished", "best", "next"]
-    assert "digits: 120 training and 360 validation images, 10 classes" in out
-    assert (
-        "24,562,250 parameters" in out
-    )  # 100 classes less 90 rows of 513 numbers in the last layer
+    assert labels == [
+        *(
+            "device",
+            "changed",
+            "data",
+            "model",
+            "note",
+            "epoch",
+            "epoch",
+            "finished",
+            "best",
+            "next",
+        )
+    ]
+    assert "digits: 40 training and 20 validation images, 10 classes" in out
+    assert "24,562,250 parameters" in out  # with 10 classes: 90 rows of 513 numbers fewer
     figures = r"loss \d+\.\d{4}, accuracy \d+\.\d\d %"
-    line = rf"epoch    1/2  lr 0.02  train {figures}  validation {figures}  [\d.]+ s  \d+ images/s  best"
-    assert re.search(f"^{line}$", out, re.MULTILINE)
-    assert re.search(r"best +epoch \d: validation accuracy [\d.]+ % .*demo/best.pt", out)
+    line = rf"epoch    1/2  lr 0.02  train {figures}  validation {figures}  [\d.]+ s  \d+ images/s"
+    assert re.search(f"^{line}  best$", out, re.MULTILINE)
+    assert re.search(
+        r"^best +epoch \d: validation accuracy [\d.]+ % .*demo/best.pt$", out, re.MULTILINE
+    )
     assert out.endswith("python evaluate.py --checkpoint demo/best.pt\n")
     assert "\r" not in out and next(finished_run.glob("*.err")).read_text() == ""
 
@@ -77,7 +94,7 @@ def test_best_checkpoint_is_the_epoch_with_the_best_watched_figure(four_epochs):
 
 def test_checkpoint_holds_the_constants_with_overrides_and_bare_keys(finished_run):
     best = load(finished_run / "demo" / "best.pt")
-    assert best["constants"]["train_per_class"] == 12 and best["constants"]["image_size"] == 32
+    assert best["constants"]["train_per_class"] == 4 and best["constants"]["image_size"] == 32
     assert best["dataset"] == "digits" and best["classes"] == list("0123456789")
     assert "conv1.weight" in best["model"] and "fc.3.bias" in best["model"]
 
@@ -96,40 +113,57 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(four_epochs, finished_r
     assert_same(resumed, unbroken)
 
 
+@pytest.fixture(scope="module")
+def new_run(finished_run, tmp_path_factory):
+    """One epoch with another seed, in the folder of an earlier run."""
+    folder = tmp_path_factory.mktemp("new")
+    link_run(finished_run, folder)
+    script = train_tiny(folder, "--epochs", "1", "--seed", "5")
+    assert script.status == 0, script.stderr
+    return script, folder
+
+
 def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(
-    four_epochs, finished_run, tmp_path
+    four_epochs, finished_run, new_run
 ):
-    assert_same(
-        load(finished_run / "demo" / "last.pt")["history"],
-        load(four_epochs / "demo" / "last.pt")["history"][:2],
-    )
-    assert train_tiny(tmp_path, "--epochs", "2", "--seed", "1").status == 0
-    one, other = (load(f / "demo" / "last.pt")["model"] for f in (finished_run, tmp_path))
+    histories = [load(f / "demo" / "last.pt")["history"] for f in (finished_run, four_epochs)]
+    assert_same(histories[0], histories[1][:2])
+    one, other = (load(f / "demo" / "best.pt") for f in (finished_run, new_run[1]))
+    assert one["epoch"] == other["epoch"] == 1
     for name in ("conv1.weight", "fc.3.weight"):
-        assert not torch.equal(one[name], other[name])
+        assert not torch.equal(one["model"][name], other["model"][name])
 
 
-def test_finished_run_says_so_and_does_not_train_on(finished_run):
-    before = (finished_run / "demo" / "last.pt").read_bytes()
-    script = train_tiny(finished_run, "--epochs", "2", "--resume")
+def test_new_run_moves_the_earlier_one_aside(finished_run, new_run):
+    script, folder = new_run
+    (aside,) = (folder / "demo").glob("earlier-*")
+    assert f"the run that was in demo is now in {aside.relative_to(folder)}" in script.stdout
+    for name in utils.RUN_FILES:
+        assert (aside / name).samefile(finished_run / "demo" / name)
+    assert load(folder / "demo" / "last.pt")["constants"]["seed"] == 5
+
+
+def test_finished_run_says_so_and_does_not_train_on(finished_run, tmp_path):
+    link_run(finished_run, tmp_path)
+    script = train_tiny(tmp_path, "--epochs", "2", "--resume")
     assert script.status == 0 and "finished all 2 epochs" in script.stdout
     assert "epoch    3/" not in script.stdout
-    assert (finished_run / "demo" / "last.pt").read_bytes() == before
+    assert (tmp_path / "demo" / "last.pt").samefile(finished_run / "demo" / "last.pt")
 
 
-def test_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(tmp_path):
-    flags = ["--early-stopping-patience", "1", "--scheduler-patience", "0", "--epochs", "4"]
-    script = train_tiny(tmp_path, *flags)
-    assert "stopped  no better validation loss in 1 epochs" in script.stdout
-    stopped = load(tmp_path / "demo" / "last.pt")
-    assert stopped["epoch"] < 4
-    rates = [row["learning_rate"] for row in stopped["history"]]
-    assert rates == [0.02] * len(rates)
-    assert stopped["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.002)  # 0.02 * 0.1
-    again = train_tiny(tmp_path, *flags, "--resume")
-    assert "stopped  no better" in again.stdout and f"{stopped['epoch'] + 1}/4" not in again.stdout
-    more = train_tiny(tmp_path, *flags, "--resume", "--early-stopping-patience", "9")
-    assert f"epoch    {stopped['epoch'] + 1}/4" in more.stdout
+def test_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(finished_run, tmp_path):
+    """Each epoch is worse than the first: the third makes two in a row that are."""
+    link_run(finished_run, tmp_path)
+    flags = ["--resume", "--scheduler-patience", "0", "--early-stopping-patience", "2"]
+    script = train_tiny(tmp_path, *flags, "--epochs", "9")
+    assert script.stdout.count("\nepoch ") == 1 and "\nepoch    3/9  lr 0.02 " in script.stdout
+    assert "stopped  no better validation loss in 2 epochs" in script.stdout
+    again = train_tiny(tmp_path, *flags, "--epochs", "9")
+    assert "stopped  no better" in again.stdout and "\nepoch " not in again.stdout
+    more = train_tiny(tmp_path, *flags, "--epochs", "4", "--early-stopping-patience", "9")
+    assert "\nepoch    4/4  lr 0.002 " in more.stdout  # 0.02 * 0.1: it dropped after the third
+    rates = [row["learning_rate"] for row in load(tmp_path / "demo" / "last.pt")["history"]]
+    assert rates == pytest.approx([0.02, 0.02, 0.02, 0.002])
 
 
 @pytest.mark.parametrize(
@@ -146,16 +180,38 @@ def test_resume_refuses_other_constants_by_name(finished_run, flag, value, store
         train.main([*TINY, "--resume", "--checkpoint-dir", str(finished_run / "demo"), flag, value])
 
 
-def test_new_run_moves_the_earlier_one_aside(finished_run, tmp_path):
+@pytest.fixture
+def older_run(finished_run, tmp_path):
+    """A finished run of two epochs from before train.py had these constants."""
+    state = load(finished_run / "demo" / "last.pt")
+    for name in ("mixup", "label_smoothing", "ema_decay", "head_epochs", "schedule"):
+        del state["constants"][name]
     (tmp_path / "demo").mkdir()
-    for name in utils.RUN_FILES:
-        (tmp_path / "demo" / name).hardlink_to(finished_run / "demo" / name)
-    script = train_tiny(tmp_path, "--epochs", "1", "--seed", "5")
-    (aside,) = (tmp_path / "demo").glob("earlier-*")
-    assert f"the run that was in demo is now in {aside.relative_to(tmp_path)}" in script.stdout
-    for name in utils.RUN_FILES:
-        assert (aside / name).read_bytes() == (finished_run / "demo" / name).read_bytes()
-    assert load(tmp_path / "demo" / "last.pt")["constants"]["seed"] == 5
+    utils.save_checkpoint(tmp_path / "demo" / "last.pt", state)
+    return tmp_path / "demo"
+
+
+def test_older_checkpoint_is_resumed_with_the_default_of_a_younger_constant(older_run):
+    script = train_tiny(older_run.parent, "--epochs", "2", "--resume")
+    assert script.status == 0, script.stderr
+    assert "resume   demo/last.pt, after epoch 2" in script.stdout
+    for flag, value, stored in ("--mixup", "0.2", "0.0"), ("--schedule", "cosine", "'plateau'"):
+        flags = ["--epochs", "2", "--resume", "--checkpoint-dir", str(older_run), flag, value]
+        with pytest.raises(utils.UserError, match=f"{flag[2:].upper()} = {stored}, now it is"):
+            train.main([*TINY, *flags])
+
+
+def test_older_checkpoint_is_evaluated(older_run, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    flags = [
+        "--checkpoint",
+        str(older_run / "last.pt"),
+        "--results-dir",
+        str(tmp_path),
+        "--no-show",
+    ]
+    evaluate.main([*flags, "--images", str(tmp_path / "black.png")])
+    assert f"{older_run / 'last.pt'}, epoch 2" in capsys.readouterr().out
 
 
 def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
@@ -180,9 +236,28 @@ def test_step_that_fp16_skips_leaves_the_momentum_alone():
     assert layer.weight.item() == pytest.approx(1 - 0.01)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_advances_with_each_step_without_reading_from_the_device(monkeypatch):
+    """20 steps, of which each fifth reads the loss; the last figures are read by tolist()."""
+    events, update, item = [], tqdm.update, torch.Tensor.item
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(tqdm, "update", lambda bar, n: events.append(n) or update(bar, n))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: events.append("read") or item(tensor))
+    args = settings(batch_size=4, log_every=5, compile=False)
+    loader = data.TrainLoader(data.read_digits()[0].select(slice(80)), args)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    train.train_one_epoch(train.make_run(args, network, "fp32"), loader, 1, args)
+    assert events == [4, 4, 4, 4, 4, "read"] * 4
+    assert "epoch 1: 100%" in sys.stderr.getvalue() and "loss=" in sys.stderr.getvalue()
+
+
 @pytest.mark.slow
-def test_fp16_and_fp32_train_too(tmp_path):
-    for precision in ("fp16", "fp32"):
+def test_fp16_and_bf16_train_too(tmp_path):
+    for precision in ("fp16", "bf16"):
         script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
         assert script.status == 0, script.stderr
         assert f", {precision}\n" in script.stdout
@@ -193,12 +268,12 @@ def test_cifar100_trains_from_real_weights_on_the_real_images(
 ):
     script = run_script(
         *["train.py", "--data-dir", cifar100_dir, "--weights", imagenet_weights, "--epochs", "1"],
-        *["--image-size", "32", "--train-per-class", "2", "--batch-size", "50"],
-        *["--holdout-per-class", "5", "--learning-rate", "0.001"],
+        *["--image-size", "32", "--train-per-class", "1", "--holdout-per-class", "1"],
+        *["--batch-size", "50", "--learning-rate", "0.001", "--precision", "fp32"],
         cwd=tmp_path,
     )
     assert script.status == 0, script.stderr
-    assert "cifar100: 200 training and 500 validation images, 100 classes" in script.stdout
+    assert "cifar100: 100 training and 100 validation images, 100 classes" in script.stdout
     assert "best.pt is selected on the test images" not in script.stdout
     assert script.stdout.endswith("next     python evaluate.py\n")
 
