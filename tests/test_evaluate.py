@@ -37,7 +37,9 @@ def trained(tmp_path_factory):
     """A checkpoint after one epoch on 50 digits: it takes every image for the same class."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--demo", "--epochs", "1", "--train-per-class", "5", "--checkpoint-dir", str(folder)]
-    train.main(flags)
+    with redirect_stdout(StringIO()) as output:
+        train.main(flags)
+    assert "note     best.pt is selected on the test images; --holdout-per-" in output.getvalue()
     return folder / "best.pt"
 
 
@@ -60,28 +62,25 @@ def checkpoint(trained, tmp_path_factory):
             torch.from_numpy, (fit.coef_, fit.intercept_)
         )
     state["model"] = model.state_dict()
+    state["constants"]["holdout_per_class"] = 5
     path = tmp_path_factory.mktemp("fitted") / "best.pt"
     utils.save_checkpoint(path, state)
     return path
 
 
 @pytest.fixture(scope="session")
-def results(checkpoint, tmp_path_factory):
-    """The results folder of that network's evaluation."""
-    return run_main(checkpoint, tmp_path_factory.mktemp("results"))
+def evaluation(checkpoint, tmp_path_factory):
+    """The results of that network with --tta, where another network left a picture; the output."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "superclass_confusion_matrix.png").write_text("of a network for CIFAR-100")
+    with redirect_stdout(StringIO()) as output:
+        run_main(checkpoint, folder, "--tta")
+    return folder, output.getvalue()
 
 
 @pytest.fixture(scope="session")
-def mirrored(checkpoint, tmp_path_factory):
-    """Results folder and output with --tta, a hold-out, and a picture left by another network."""
-    folder = tmp_path_factory.mktemp("mirrored")
-    state = torch.load(checkpoint)
-    state["constants"]["holdout_per_class"] = 5
-    utils.save_checkpoint(folder / "holdout.pt", state)
-    (folder / "superclass_confusion_matrix.png").write_text("of a network for CIFAR-100")
-    with redirect_stdout(StringIO()) as output:
-        run_main(folder / "holdout.pt", folder, "--tta")
-    return folder, output.getvalue()
+def results(evaluation):
+    return evaluation[0]
 
 
 def run_main(checkpoint, folder, *flags):
@@ -224,36 +223,34 @@ def test_every_file_is_written_and_every_picture_opens(results):
             assert min(picture.size) > 250, name
 
 
-def test_superclasses_of_digits_are_left_out_in_one_line(mirrored):
-    folder, output = mirrored
+def test_superclasses_of_digits_are_left_out_in_one_line(evaluation):
+    folder, output = evaluation
     notes = [line for line in output.splitlines() if "nothing to draw" in line]
     assert notes == ["note     nothing to draw in superclass_confusion_matrix.png"]
     assert not (folder / "superclass_confusion_matrix.png").exists()
 
 
-def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(mirrored):
-    folder, output = mirrored
+def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(evaluation):
+    folder, output = evaluation
     assert "these images were used neither to train nor to select the checkpoint" in output
     assert read_metrics(folder)["test_images_chose_checkpoint"] is False
 
 
-def test_tta_averages_logits_over_image_and_mirror(checkpoint, results, mirrored):
-    folder, output = mirrored
-    averaged, plain = read_metrics(folder), read_metrics(results)
-    assert averaged["without_tta"]["top1_accuracy"] == plain["top1_accuracy"]
-    for metrics in averaged, plain:
-        assert f"{100 * metrics['top1_accuracy']:.2f} %" in output
-
+def test_tta_averages_logits_over_image_and_mirror(checkpoint, evaluation):
+    folder, output = evaluation
     state, (_, test, _) = torch.load(checkpoint), data.read_digits()
     model = resnet.build_model(10).to(memory_format=torch.channels_last)
     model.load_state_dict(state["model"])
-    logits = sum(
+    plain, mirrored = (
         resnet.predict(model, data.EvalLoader(view, 64, 32), utils.DTYPES[state["precision"]])
         for view in (test.images, test.images.flip(3))
     )
-    expected = (logits.argmax(1) == test.labels).float().mean().item()
-    assert averaged["top1_accuracy"] == pytest.approx(expected)
-    assert averaged["top1_accuracy"] != plain["top1_accuracy"]
+    figures = read_metrics(folder)
+    for logits, metrics in (plain + mirrored, figures), (plain, figures["without_tta"]):
+        accuracy = (logits.argmax(1) == test.labels).double().mean().item()
+        assert metrics["top1_accuracy"] == pytest.approx(accuracy)
+        assert f"{100 * accuracy:.2f} %" in output
+    assert figures["top1_accuracy"] != figures["without_tta"]["top1_accuracy"]
 
 
 def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_path):
@@ -287,29 +284,34 @@ def test_a_checkpoint_of_another_network_is_one_message(checkpoint, tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with the first test digit as a PNG and a text file, and a broken JPEG beside it."""
-    digit = data.read_digits()[1].images[0].permute(1, 2, 0).numpy()
-    (tmp_path / "folder").mkdir()
-    Image.fromarray(digit).save(tmp_path / "folder" / "digit.png")
+    """A folder with a test digit as a PNG, a text file, and another digit in a folder of its own.
+
+    A broken JPEG is beside it.
+    """
+    for index, name in enumerate(["digit.png", "inner/deep/digit.png"]):
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True)
+        digit = data.read_digits()[1].images[index].permute(1, 2, 0).numpy()
+        Image.fromarray(digit).save(path)
     (tmp_path / "folder" / "notes.txt").write_text("no picture")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
     return tmp_path
 
 
 def test_pictures_are_classified_as_the_evaluation_does(checkpoint, results, pictures):
-    flags = ["--checkpoint", checkpoint, "--results-dir", pictures / "results"]
+    flags = ["--checkpoint", checkpoint, "--results-dir", pictures / "results", "--tta"]
     flags += ["--images", pictures / "folder", pictures / "broken.jpg"]
     run = run_script(*flags, backend="module://nowhere")  # a window that cannot be had
     assert run.returncode == 0, run.stderr
     assert "no window: No module named 'nowhere'" in run.stdout
-    lines = run.stdout.splitlines()
-    top5 = lines[lines.index(str(pictures / "folder" / "digit.png")) + 1 :][:5]
-    _, _, predicted, confidence = read_csv(results / "predictions.csv")[1]
-    share, _, name = top5[0].split()
-    assert name == predicted
-    assert float(share) == pytest.approx(100 * float(confidence), abs=1)  # bf16, another batch
-    shares = [float(line.split()[0]) for line in top5]
-    assert shares == sorted(shares, reverse=True)
+    lines, rows = run.stdout.splitlines(), read_csv(results / "predictions.csv")[1:]
+    names = ["digit.png", "inner/deep/digit.png"]
+    for name, (_, _, predicted, confidence) in zip(names, rows):
+        top5 = lines[lines.index(str(pictures / "folder" / name)) + 1 :][:5]
+        shares = [float(line.split()[0]) for line in top5]
+        assert shares == sorted(shares, reverse=True)
+        assert top5[0].split()[2] == predicted
+        assert shares[0] == pytest.approx(100 * float(confidence), abs=1)  # bf16, another batch
     assert [line.split(": ")[0] for line in run.stderr.splitlines()] == [
         f"skipped  {pictures / 'folder' / 'notes.txt'}",
         f"skipped  {pictures / 'broken.jpg'}",
