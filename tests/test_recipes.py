@@ -1,0 +1,499 @@
+"""The recipes of train.py: the head first, cosine, smoothing, mixing, averages, frozen batch norm."""
+
+import csv
+import functools
+import json
+import math
+import os
+import re
+import socket
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from scripts import TINY, Script, run_script
+from test_train import assert_same, load
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet, resnet18
+from torchvision.transforms import v2
+
+import data
+import model as resnet
+import train
+import utils
+
+COSINE = {"schedule": "cosine", "warmup_epochs": 0.5, "epochs": 2}
+MIXING = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "flip": 0.5}
+RECIPES = {"head_epochs": 2, "ema_decay": 0.9} | COSINE | MIXING
+FROZEN = RECIPES | {"ema_decay": 0.0, "freeze_batch_norm": True}
+
+
+def settings(**changed) -> Namespace:
+    return Namespace(**vars(utils.parse_flags(train.__file__, [])[0]) | changed)
+
+
+def randomize_statistics(network: nn.Module) -> None:
+    """As if it had been trained: at 0 and 1, keeping them or forgetting them would be the same."""
+    for name, statistic in network.named_buffers():
+        if "running" in name:
+            statistic.normal_(0, 0.1) if "mean" in name else statistic.uniform_(0.5, 1.5)
+
+
+def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed):
+    """(args, run, loader of 16 digits) of a ResNet-10 without dropout, unlike on other ranks."""
+    args = settings(image_size=32, **changed)
+    torch.manual_seed(rank)
+    network = ResNet(BasicBlock, [1, 1, 1, 1], 10)
+    network.fc = resnet.Head(512, 10)
+    network.fc[2].p = 0.0
+    randomize_statistics(network)
+    network.to(dtype).conv1.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
+    loader = data.TrainLoader(data.read_digits()[0].select(slice(16)), args, rank, world_size)
+    return args, train.make_run(args, network, "fp32"), loader
+
+
+def linear_run(model: nn.Module, **changed):
+    """(args, run, loader of 3 steps) of a model of 6 features."""
+    args = settings(batch_size=4, **changed)
+    features = torch.randn(12, 1, 6, generator=torch.Generator().manual_seed(0))
+    loader = data.FeatureLoader(data.Split(features, torch.arange(12) % 3), args)
+    return args, train.make_run(args, model, "fp32"), loader
+
+
+def prepare() -> None:
+    """In a script's process: ResNet-18 in place of 50, and last-1.pt is last.pt after epoch 1."""
+    resnet.ARCHITECTURE, save_run = "resnet18", utils.save_run
+
+    def save_and_link(folder, metadata, parts, history, is_best=False):
+        save_run(folder, metadata, parts, history, is_best)
+        for name in ("last", "best") if history else ():
+            os.link(folder / f"{name}.pt", folder / f"{name}-{history[-1]['epoch']}.pt")
+
+    utils.save_run = save_and_link
+
+
+def train_small(folder: Path, *flags: str, **changed) -> str:
+    """Runs train.py on some digits in ResNet-18; returns what it printed."""
+    for name, value in changed.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += (flag,) if value is True else (flag, str(value))
+    flags = [*TINY, "--checkpoint-dir", "demo", *flags]
+    script = run_script("train.py", *flags, cwd=folder, prepare=prepare)
+    assert script.status == 0, script.stderr
+    return script.stdout
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A folder in which a run with all recipes ended."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train_small(folder, **RECIPES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen")
+    train_small(folder, **FROZEN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head_alone(tmp_path_factory) -> Path:
+    """A folder with start.pth, and a run that trained only the head on it."""
+    folder = tmp_path_factory.mktemp("head")
+    torch.manual_seed(0)
+    randomize_statistics(start := resnet18())
+    torch.save(start.state_dict(), folder / "start.pth")
+    train_small(folder, weights="start.pth", head_epochs=2, epochs=0, flip=0.5)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("run", "recipes", "epoch"),
+    [("unbroken", RECIPES, 0), ("unbroken", RECIPES, 1), ("frozen", FROZEN, 1)],
+)
+def test_run_with_all_recipes_resumes_bit_for_bit(run, recipes, epoch, request, tmp_path):
+    whole, resumed = request.getfixturevalue(run) / "demo", tmp_path / "demo"
+    resumed.mkdir()
+    for name in ("last", "best"):
+        (resumed / f"{name}.pt").hardlink_to(whole / f"{name}-{epoch}.pt")
+    out = train_small(tmp_path, "--resume", **recipes)
+    trained = re.findall(r"^epoch +(\d)/2", out, re.MULTILINE)
+    assert trained == ["0", "1", "2"][epoch + 1 :]  # the head is not trained twice
+    for name in ("last.pt", "best.pt"):
+        assert_same(load(resumed / name), load(whole / name))
+
+
+@pytest.mark.parametrize(("run", "epochs"), [("unbroken", "012"), ("head_alone", "0")])
+def test_evaluation_repeats_the_plain_validation_of_the_best_epoch(run, epochs, request):
+    folder = request.getfixturevalue(run)
+    rows = list(csv.DictReader((folder / "demo" / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == list(epochs)
+    assert " ".join(rows[0]) == (
+        "epoch learning_rate train_loss train_accuracy images_per_second val_loss val_accuracy seconds"
+    )
+    flags = ["--checkpoint", "demo/best.pt", "--no-show"]
+    script = run_script("evaluate.py", *flags, cwd=folder, prepare=prepare)
+    assert script.status == 0, script.stderr
+    metrics = json.loads((folder / "results" / "metrics.json").read_text())
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    assert str(metrics["epoch"]) == best["epoch"]
+    for name, figure in (("loss", "val_loss"), ("top1_accuracy", "val_accuracy")):
+        assert metrics[name] == pytest.approx(float(best[figure]), rel=1e-5)
+
+
+def test_best_checkpoint_holds_the_average_and_the_last_one_both(unbroken):
+    best = load(unbroken / "demo" / "best.pt")
+    last = load(unbroken / "demo" / f"last-{best['epoch']}.pt")
+    assert_same(best["model"], last["model"])
+    assert best["model"].keys() - resnet18().state_dict().keys() == {
+        f"fc.{layer}.{name}" for layer in (0, 3) for name in ("weight", "bias")
+    }
+    last = load(unbroken / "demo" / "last.pt")
+    assert not torch.equal(last["model"]["conv1.weight"], last["trained_model"]["conv1.weight"])
+    assert "trained_model" not in best
+
+
+def test_head_alone_leaves_the_backbone_and_its_statistics_as_they_were(head_alone):
+    start, best = load(head_alone / "start.pth"), load(head_alone / "demo" / "best.pt")["model"]
+    for name, tensor in start.items():
+        assert name.startswith("fc.") or torch.equal(best[name], tensor), name
+
+
+def test_epochs_of_a_cosine_may_not_change(unbroken):
+    path = unbroken / "demo" / "last.pt"
+    args = Namespace(**load(path)["constants"] | {"resume": True})
+    assert utils.find_checkpoint(path, args, utils.Processes())["epoch"] == 2
+    args.epochs = 3
+    message = "trained with EPOCHS = 2, where its cosine schedule ends, now it is 3"
+    with pytest.raises(utils.UserError, match=message):
+        utils.find_checkpoint(path, args, utils.Processes())
+
+
+def test_weights_may_be_a_best_checkpoint_whose_head_is_used(head_alone, tmp_path):
+    """An epoch at a rate of nearly zero: the figures are those of the checkpoint."""
+    best = head_alone / "demo" / "best.pt"
+    recipe = {"freeze_batch_norm": True, "epochs": 1, "learning_rate": 1e-9}
+    train_small(tmp_path, weights=best, **recipe)
+    row = load(tmp_path / "demo" / "last.pt")["history"][0]
+    assert row["val_loss"] == pytest.approx(load(best)["history"][0]["val_loss"], rel=1e-3)
+
+
+def test_weights_of_other_classes_get_a_new_head(head_alone, monkeypatch):
+    monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
+    best, digits = head_alone / "demo" / "best.pt", list("0123456789")
+    state = load(best)["model"]
+    for classes, kept in ((digits, True), (digits[::-1], False), (data.CLASSES, False)):
+        found = resnet.build_model(len(classes), str(best), classes).state_dict()
+        assert torch.equal(found["layer4.0.conv1.weight"], state["layer4.0.conv1.weight"])
+        assert len(found["fc.3.bias"]) == len(classes)
+        assert torch.equal(found["fc.0.weight"], state["fc.0.weight"]) == kept
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "not a number"])
+def test_damaged_weights_are_one_message(damage, head_alone, monkeypatch, tmp_path):
+    monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
+    raw = bytearray((head_alone / "demo" / "best.pt").read_bytes())
+    raw[len(raw) // 2] ^= 64 * (damage == "one bit")
+    (tmp_path / "best.pt").write_bytes(raw[: len(raw) // 2 if damage == "cut short" else None])
+    if damage == "not a number":
+        checkpoint = load(tmp_path / "best.pt")
+        checkpoint["model"]["conv1.weight"][0] = math.nan
+        torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(resnet.WeightsError, match="best.pt is not a state_dict file") as error:
+        resnet.build_model(10, str(tmp_path / "best.pt"), "0123456789")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_trains_on_what_it_gets_from_the_network_and_nothing_else_changes(dtype, monkeypatch):
+    """Two epochs of one step: the rate is 0.05 (1 + cos(pi / 4)) / 2, then with 3 pi / 4."""
+    recipe = {"head_epochs": 2, "head_learning_rate": 0.05, "ema_decay": 0.9}
+    args, run, loader = small_run(dtype=torch.float32, **recipe)
+    run.dtype = dtype  # of autocast
+    views, steps = [], []
+    hook = run.model.fc.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].float()))
+    for images in (loader.images, loader.images.flip(3)):
+        resnet.predict(run.model, data.EvalLoader(images, 16, 32), dtype)
+    hook.remove()
+
+    def recorded_step(run, features, labels, args, step=train.train_step):
+        steps.append((features, labels, run.optimizer.param_groups[0]["lr"]))
+        return step(run, features, labels, args)
+
+    monkeypatch.setattr(train, "train_step", recorded_step)
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    train.train_head(run, loader, args)
+    after = run.model.state_dict()
+    changed = [name for name in after if not torch.equal(after[name], before[name])]
+    assert changed == ["fc.0.weight", "fc.0.bias", "fc.3.weight", "fc.3.bias"]
+    assert_same(dict(run.average.state_dict()), dict(after))  # it starts after the head
+    for features, labels, _ in steps:  # each image once, one or the other view
+        same = (features[:, None, None] == torch.stack(views, 1)).all(3)  # (16 rows, images, views)
+        _, image, view = same.nonzero().unbind(1)
+        assert torch.equal(image.sort().values, torch.arange(16)) and set(view.tolist()) == {0, 1}
+        assert torch.equal(labels, loader.labels[image])
+    assert [rate for *_, rate in steps] == pytest.approx([0.0426777, 0.0073223], abs=1e-7)
+
+
+def test_head_sees_a_mirrored_view_with_the_probability_of_a_flip():
+    views = torch.tensor([0.0, 1.0]).view(1, 2, 1).expand(4000, 2, 1)
+    args = settings(flip=0.3, batch_size=100)
+    batches = data.FeatureLoader(data.Split(views, torch.arange(4000)), args).epoch(1)
+    mirrored = torch.cat([features for features, _ in batches]).mean().item()
+    assert mirrored == pytest.approx(0.3, abs=3 * math.sqrt(0.3 * 0.7 / 4000))
+
+
+@pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
+def test_mixing_equals_torchvision_on_batches_of_two(kind, monkeypatch):
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (20, 3, 32, 32)).byte(), torch.randint(10, (20,))
+    theirs = getattr(v2, kind)(alpha=0.7, num_classes=10)
+    drawn = [theirs.make_params([images]) for _ in range(10)]
+    draws = iter(drawn)
+    monkeypatch.setattr(theirs, "make_params", lambda _: next(draws))
+    pairs = zip((images.float() / 255).split(2), labels.split(2))
+    expected = [torch.cat(parts) for parts in zip(*(theirs(*pair) for pair in pairs))]
+    box = torch.tensor([draw.get("box", (5, 5, 5, 5)) for draw in drawn]).repeat_interleave(2, 0)
+    weight = torch.tensor([draw.get("lam", draw.get("lam_adjusted")) for draw in drawn])
+    weight = weight.repeat_interleave(2)
+    parameters = {"box_columns": box[:, [0, 2]], "box_rows": box[:, [1, 3]]}
+    parameters["pixel_weight"] = weight if kind == "MixUp" else torch.ones(20)
+    mixed = data.augment(images, parameters, 0, []), data.mix_labels(labels, weight, 10)
+    for ours, reference in zip(mixed, expected):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
+
+
+def test_mixing_weights_are_distributed_as_beta_and_as_torchvisions():
+    torch.manual_seed(0)
+    theirs, images = v2.CutMix(alpha=0.7, num_classes=10), torch.zeros(2, 3, 32, 32)
+    expected = [theirs.make_params([images])["lam_adjusted"] for _ in range(4000)]
+    mixup = data.draw_mixing(0.4, 0, 4000, 32, seed=1)["label_weight"]
+    cutmix = data.draw_mixing(0, 0.7, 4000, 32, seed=1)["label_weight"]
+    assert stats.kstest(mixup, stats.beta(0.4, 0.4).cdf).pvalue > 0.01
+    assert stats.ks_2samp(cutmix, expected).pvalue > 0.01
+    both = data.draw_mixing(2.0, 0.7, 4000, 32, seed=1)
+    blended, weight = both["pixel_weight"] < 1, both["label_weight"]
+    assert abs(blended.sum().item() - 2000) < 3 * math.sqrt(4000 / 4)  # half each
+    assert torch.equal(both["pixel_weight"][blended], weight[blended])
+    assert stats.kstest(weight[blended], stats.beta(2, 2).cdf).pvalue > 0.01
+    assert stats.ks_2samp(weight[~blended], expected).pvalue > 0.01
+    area = (both["box_rows"].diff(dim=1) * both["box_columns"].diff(dim=1))[:, 0]
+    assert not area[blended].any() and torch.equal(1 - area[~blended] / 1024, weight[~blended])
+
+
+def test_partners_never_cross_the_slice_of_a_process():
+    """Every image has a label of its own, so that the labels of a pair tell who is in it."""
+    args = settings(mixup=1.0, cutmix=1.0, batch_size=8, image_size=32)
+    split = data.Split(data.read_digits()[0].images[:20], torch.arange(20))
+    loaders = [data.TrainLoader(split, args, *place) for place in ((0, 1), (0, 2), (1, 2))]
+    steps = list(zip(*(loader.epoch(3) for loader in loaders)))
+    assert len(steps) == 2
+    for whole, *shares in steps:
+        for one, parts in zip(whole, zip(*shares)):
+            torch.testing.assert_close(torch.cat(parts), one, rtol=0, atol=1e-6)
+        for _, labels in shares:
+            assert labels.shape == (4, 20)
+            assert ((labels[0::2] + labels[1::2] > 0).sum(1) == 2).all()
+    assert data.TrainLoader(split.select(slice(19)), settings(mixup=1.0)).batch_size == 18
+
+
+def test_loss_of_smoothed_and_mixed_labels_by_hand():
+    """-log p of each class k is CE(k); smoothing by 0.2 takes 0.8 CE(label) + 0.2 mean CE."""
+    images, a = torch.eye(4, 6), torch.tensor([0, 2, 1, 1])
+    weight, b = torch.tensor([0.7, 0.2, 1, 0]), a[[1, 0, 3, 2]]
+    for smoothing, mixed in ((0.0, False), (0.2, False), (0.0, True), (0.2, True)):
+        args, run, _ = linear_run(nn.Linear(6, 3), label_smoothing=smoothing)
+        logits = run.model(images)
+        losses = logits.logsumexp(1, keepdim=True) - logits
+        losses = (1 - smoothing) * losses + smoothing * losses.mean(1, keepdim=True)
+        of_a, of_b = losses[range(4), a], losses[range(4), b]
+        expected = (weight * of_a + (1 - weight) * of_b if mixed else of_a).mean().item()
+        labels = data.mix_labels(a, weight, 3) if mixed else a
+        loss, _ = train.train_step(run, images, labels, args)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_accuracy_counts_the_label_of_the_larger_weight():
+    labels = data.mix_labels(torch.arange(4), torch.tensor([0.9, 0.6, 0.3, 0.7]), 4)
+    for predicted, expected in (([0, 1, 2, 3], 3), ([1, 0, 3, 2], 1), ([2, 3, 0, 1], 0)):
+        args, run, _ = linear_run(nn.Linear(4, 4, bias=False))
+        nn.init.eye_(run.model.weight)
+        assert train.train_step(run, torch.eye(4)[predicted], labels, args)[1] == expected
+
+
+def test_cosine_rates_by_hand():
+    """Three epochs of three steps, half an epoch of warm-up; a step's rate is that of its middle.
+
+    At t epochs it is 0.1 t / 0.5, then 0.1 (1 + cos(72 degrees (t - 0.5))) / 2.
+    """
+    cosine = {"schedule": "cosine", "warmup_epochs": 0.5, "epochs": 3, "learning_rate": 0.1}
+    args, run, loader = linear_run(nn.Linear(6, 3), **cosine)
+    rates = []
+    run.optimizer.register_step_pre_hook(lambda sgd, *_: rates.append(sgd.param_groups[0]["lr"]))
+    rows = [train.train_one_epoch(run, loader, epoch, args) for epoch in (1, 2, 3)]
+    # t = 1/6, 3/2 and 17/6: a third of the way up, cosines of 72 and 168 degrees
+    expected = [0.03333333, 0.06545085, 0.00109262]
+    assert len(rates) == 9 and rates[::4] == pytest.approx(expected, abs=1e-8)
+    middles = [0.1, 0.06545085, 0.00954915]  # t = 1/2, 3/2, 5/2: cosines of 0, 72, 144 degrees
+    assert [row["learning_rate"] for row in rows] == pytest.approx(middles, abs=1e-8)
+
+
+def test_early_stopping_applies_to_a_cosine_but_no_drop_of_the_rate():
+    patience = {"early_stopping_patience": 2, "scheduler_patience": 0}
+    args, run, _ = linear_run(nn.Linear(6, 3), schedule="cosine", epochs=9, **patience)
+    losses, epochs = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
+    for epoch in train.remaining_epochs(args, [], run.stopping):
+        train.finish_epoch(run, {"epoch": epoch, "val_loss": next(losses)}, args)
+        epochs.append(epoch)
+    assert epochs == [1, 2, 3, 4] and run.optimizer.param_groups[0]["lr"] == 0.01
+
+
+def test_average_follows_the_recursion_by_hand():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    args, run, loader = linear_run(network, ema_decay=0.75, learning_rate=0.5)
+    expected = {name: x.double() for name, x in network.state_dict().items()}
+
+    def follow(*_):
+        for name, x in network.state_dict().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * x.double()
+
+    run.optimizer.register_step_post_hook(follow)
+    train.train_one_epoch(run, loader, 1, args)
+    expected["1.num_batches_tracked"] = torch.tensor(3.0)  # an integer is copied
+    average = run.parts()["model"].state_dict()
+    assert average.keys() == network.state_dict().keys()
+    for name, x in average.items():
+        torch.testing.assert_close(x.double(), expected[name].double(), rtol=0, atol=1e-6)
+    assert (average["1.running_mean"] - network[1].running_mean).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_batch_norm_uses_and_keeps_its_statistics_while_its_weights_train(frozen):
+    args, run, loader = small_run(freeze_batch_norm=frozen)
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    images, labels = next(loader.epoch(1))
+    with torch.no_grad():
+        expected = F.cross_entropy(run.model.eval()(images), labels).item()
+    row = train.train_one_epoch(run, loader, 1, args)
+    assert (row["train_loss"] == pytest.approx(expected, rel=1e-9)) == frozen
+    for name, x in run.model.state_dict().items():
+        is_statistic = "running" in name or "num_batches" in name
+        assert torch.equal(x, before[name]) == (frozen and is_statistic), name
+
+
+class OlderDDP(train.DistributedDataParallel):
+    """As before torch 2.14: broadcast_buffers=False is also for its start."""
+
+    def __init__(self, network, gradient_as_bucket_view, broadcast_buffers):
+        options = {"broadcast_buffers": broadcast_buffers}
+        super().__init__(network, gradient_as_bucket_view=gradient_as_bucket_view, **options)
+
+
+def be_one_of_two(rank: int, port: int, older: bool) -> None:
+    """What torchrun sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}
+    names |= {"TORCHELASTIC_RUN_ID": "run1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    if older:
+        train.DistributedDataParallel = OlderDDP
+
+
+def work(path: Path) -> None:
+    """Trains with all recipes, as one process of one or two; the first writes what it got."""
+    processes = utils.this_process()
+    utils.connect(processes, torch.device("cpu"))
+    rank, world_size = processes.rank, processes.world_size
+    recipes = RECIPES | {"freeze_batch_norm": True, "batch_size": 4, "learning_rate": 0.001}
+    args, run, loader = small_run(rank, world_size, **recipes)
+    test = data.read_digits()[1].select(slice(rank, 31, world_size))
+    rows = [train.train_head(run, loader, args)]
+    rows += [train.train_one_epoch(run, loader, epoch, args) for epoch in (1, 2)]
+    rows += [train.validate(run, data.EvalLoader(test.images, 3, 32), test.labels)]
+    states = [run.model.state_dict(), run.average.state_dict()]
+    if rank == 0:
+        torch.save({"world_size": world_size, "rows": rows, "states": states}, path)
+    utils.disconnect()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_two_processes_equal_one_with_all_recipes_in_float64(older, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    roles = [functools.partial(be_one_of_two, rank, port, older) for rank in (0, 1)]
+    scripts = [Script(__file__, "2.pt", cwd=tmp_path, prepare=role) for role in roles]
+    work(tmp_path / "1.pt")
+    assert [script.wait() for script in scripts] == [0, 0], scripts[1].stderr
+    one, two = (load(tmp_path / name) for name in ("1.pt", "2.pt"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    for ours, theirs in zip(two["rows"], one["rows"], strict=True):
+        for name in ours.keys() - {"images_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=0, abs=1e-9), name
+    torch.testing.assert_close(two["states"], one["states"], rtol=0, atol=1e-9)
+
+
+# Beyond the range of each constant, then combinations that do not go together: what is refused.
+EDGES = {
+    "head-epochs": "-1 100001 1.5 nan x",
+    "head-learning-rate": "0 -0.1 nan inf 1e30 x",
+    "schedule": "x COSINE",
+    "warmup-epochs": "-0.5 nan inf x",
+    "label-smoothing": "-0.1 1.1 nan x",
+    "ema-decay": "-0.1 1 nan x",
+    "mixup": "-0.1 101 nan inf x",
+    "cutmix": "-0.1 101 nan inf x",
+    "freeze-batch-norm": "1",
+}
+TOGETHER = [
+    ({"epochs": 0}, 1, "--epochs 0: expected 1 or more without --head-epochs"),
+    ({"warmup_epochs": 1.0}, 1, "--warmup-epochs 1.0: expected 0 without --schedule cosine"),
+    (COSINE | {"warmup_epochs": 2.0}, 1, "--warmup-epochs 2.0: expected less than 2 epochs"),
+    ({"mixup": 1.0, "batch_size": 7}, 1, "--batch-size 7: expected an even number of images per "),
+    ({"cutmix": 1.0, "batch_size": 6}, 2, "--batch-size 6: expected an even number of images per "),
+]
+
+
+@pytest.mark.parametrize("flag", EDGES)
+def test_flag_of_a_recipe_beyond_its_edge_is_one_line_and_exit_status_2(flag, capsys):
+    for value in [*EDGES[flag].split(), ""]:
+        with pytest.raises(SystemExit) as end:
+            train.main([f"--{flag}={value}"])
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.count("\n") == 1 and f"--{flag}" in err
+
+
+@pytest.mark.parametrize(("changed", "processes", "message"), TOGETHER)
+def test_recipes_that_do_not_go_together_are_refused(changed, processes, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.check_combinations(settings(**changed), processes)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_recipes_that_go_together_are_allowed():
+    edges = ["--label-smoothing=1", "--ema-decay=0.999999", "--mixup=100", "--cutmix=100"]
+    assert utils.parse_flags(train.__file__, edges)[1]["ema_decay"] == 0.999999
+    for changed in ({"epochs": 0, "head_epochs": 1}, COSINE | {"warmup_epochs": 1.99}):
+        train.check_combinations(settings(**changed), 1)
+    train.check_combinations(settings(mixup=1.0, batch_size=8), 2)
+
+
+def test_too_few_images_to_mix_or_of_a_class_are_one_message():
+    cpu = torch.device("cpu")
+    for changed, processes, message in (
+        ({"train_per_class": 1, "mixup": 1.0}, utils.Processes(world_size=8), "too few for 8"),
+        ({"holdout_per_class": 144}, utils.Processes(), "no training images of a class"),
+    ):
+        with pytest.raises(utils.UserError, match=message):
+            train.make_loaders("digits", settings(**changed), processes, cpu)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
