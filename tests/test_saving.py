@@ -1,0 +1,176 @@
+"""A process that dies at any moment of a save leaves files from which the run continues."""
+
+import copy
+import itertools
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import assert_same
+from torch import nn
+
+import train
+import utils
+
+ARGS, _ = utils.parse_flags(train.__file__, [])
+METADATA = {"constants": vars(ARGS), "precision": "fp32", "dataset": "digits", "classes": ["0"]}
+
+
+def make_run() -> train.Run:
+    """A run as train.py's, with a network small enough to save it hundreds of times."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)
+    return train.make_run(ARGS, nn.Sequential(*layers), "fp32")
+
+
+def train_epoch(run: train.Run, history: list[dict]) -> None:
+    """One step on the same images each time; every epoch is better than the one before."""
+    images = torch.linspace(-1, 1, 8 * 3 * 16).view(8, 3, 4, 4)
+    loss = run.model(images).square().mean()
+    run.optimizer.zero_grad()
+    loss.backward()
+    run.optimizer.step()
+    history.append({"epoch": len(history) + 1, "val_loss": 1 / (len(history) + 1)})
+    run.scheduler.step(history[-1]["val_loss"])
+    run.stopping.step(history[-1]["val_loss"], len(history))
+
+
+class Saves:
+    """A run after two epochs; a folder to save it in, and what a whole save leaves after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.first = folder / "now", folder / "first"
+        self.run, self.history, self.whole, self.loaded = make_run(), [], {}, {}
+        self.folder.mkdir()
+        for epoch in (1, 2):
+            train_epoch(self.run, self.history)
+            self.save()
+            self.whole[epoch] = self.load()
+            if epoch == 1:
+                shutil.copytree(self.folder, self.first)
+
+    def save(self) -> None:
+        utils.save_run(self.folder, METADATA, self.run.parts(), self.history, is_best=True)
+
+    def load(self) -> tuple[dict, dict, bytes]:
+        """best.pt, last.pt and the bytes of history.csv; the same bytes are loaded only once."""
+        paths = [self.folder / name for name in utils.RUN_FILES]
+        best, last, rows = contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths[:2], contents):
+            if content not in self.loaded:
+                self.loaded[content] = utils.load_checkpoint(path)
+        return self.loaded[best], self.loaded[last], rows
+
+    def save_and_die(self, moment: int) -> bool:
+        """Saves epoch 2 over epoch 1 in a child process; whether that died before it was done."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.first, self.folder)
+        if not (child := os.fork()):
+            try:
+                die_at(moment)
+                self.save()
+                os._exit(0)
+            except BaseException:  # noqa: BLE001, whatever it is, pytest must not go on in the child
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+
+    def check(self) -> None:
+        """Each file is wholly one epoch's, best.pt is not behind, and the run continues."""
+        best, last, rows = self.load()
+        assert_same(best, self.whole[best["epoch"]][0])
+        assert_same(last, self.whole[last["epoch"]][1])
+        assert rows in (self.whole[1][2], self.whole[2][2])
+
+        run, history = make_run(), [*last["history"]]
+        utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best["classes"])
+        assert best["epoch"] >= run.stopping.best_epoch, "best.pt is older than last.pt's best"
+        if len(history) == 1:
+            train_epoch(run, history)
+        assert_same(run.model.state_dict(), self.run.model.state_dict())
+        assert_same(run.optimizer.state_dict(), self.run.optimizer.state_dict())
+
+
+def die_at(moment: int) -> None:
+    """Kills this process at its moment-th file operation from now on, a write in its middle."""
+    countdown = itertools.count(moment, -1)
+
+    def die_before(operation: Callable) -> Callable:
+        def killed_or_done(*args):
+            if next(countdown) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return operation(*args)
+
+        return killed_or_done
+
+    def open_and_die(path: Path, mode: str):
+        file = die_before(open)(path, mode)
+        write, flush = file.write, file.flush
+
+        def write_half(content) -> None:
+            if next(countdown) == 0:
+                write(content[: len(content) // 2])
+                flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(content)
+
+        file.write, file.flush, file.close = write_half, die_before(flush), die_before(file.close)
+        return file
+
+    utils.open = open_and_die
+    os.fsync, os.replace = die_before(os.fsync), die_before(os.replace)
+
+
+def find_losses(saves: Saves, step: int = 1) -> Iterator[str]:
+    """For each moment at which a save can die, what that loses: nothing is ""."""
+    for moment in itertools.count(step=step):
+        died, loss = saves.save_and_die(moment), ""
+        try:
+            saves.check()
+        except (AssertionError, utils.UserError) as error:
+            loss = f"at operation {moment}: {error}"
+        yield loss
+        if not died:
+            return
+
+
+@pytest.fixture
+def saves(tmp_path) -> Saves:
+    return Saves(tmp_path)
+
+
+def test_process_that_dies_at_any_file_operation_of_a_save_loses_nothing(saves):
+    *losses, whole = find_losses(saves)
+    print(f"died at {len(losses)} operations, {sum(map(bool, losses))} lost something")
+    assert len(losses) > 100 and not any(losses) and not whole
+
+
+def test_last_saved_before_best_would_be_found(saves, monkeypatch):
+    save_checkpoint, kept = utils.save_checkpoint, []
+
+    def save_last_first(path: Path, state: dict) -> None:
+        kept.insert(0, (path, state))
+        while kept and path.name == "last.pt":
+            save_checkpoint(*kept.pop(0))
+
+    monkeypatch.setattr(utils, "save_checkpoint", save_last_first)
+    assert any("best.pt is older" in loss for loss in find_losses(saves, step=10))
+
+
+def test_file_written_in_place_would_be_found(saves, monkeypatch):
+    @contextmanager
+    def write_in_place(path: Path, mode: str):
+        with utils.open(path, mode) as file:
+            yield file
+
+    monkeypatch.setattr(utils, "atomic_write", write_in_place)
+    assert any("cut short" in loss for loss in find_losses(saves))
