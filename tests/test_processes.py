@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +15,17 @@ import torch
 from scripts import ROOT, TINY, run_script
 from test_train import load
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# torchrun and gloo look up the name of the machine, which waits where no name server answers: with
+# the local address torchrun connects without it, gloo with the name of the interface (of Linux).
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+TORCHRUN = [*LAUNCHER, "--standalone"]
+NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, **pipes)
+    names = NO_NAMES if sys.platform == "linux" else {}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | names, **pipes)
 
 
 # 20 steps of train_one_epoch() in float64 on a small ResNet, with batch norm in eval mode and no
@@ -92,6 +98,40 @@ def test_torchrun_trains_saves_once_and_one_process_goes_on(tmp_path):
     # Resuming with one process is the same run: the batch is global.
     more = run_script("train.py", *TINY, "--epochs", "3", "--resume", cwd=tmp_path)
     assert more.status == 0 and "epoch    3/3" in more.stdout, more.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_with_one_checkpoint_folder_are_one_run(tmp_path):
+    """The README's command, by two torchruns; each machine has a data folder of its own."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    command = next(line for line in lines if line.startswith("torchrun --nnodes 2"))
+    # Resuming with both machines, then with one process, is the same run.
+    outputs = [train_on_two_machines(command, tmp_path, "--epochs", "2")]
+    outputs += [train_on_two_machines(command, tmp_path, "--epochs", "3", "--resume")]
+    assert all(re.findall(r"processes: \d+", out) == ["processes: 2"] for out in outputs)
+    alone = run_script("train.py", *TINY, "--epochs", "4", "--resume", cwd=tmp_path)
+    assert alone.status == 0, alone.stderr
+    epochs = [re.findall(r"\nepoch +(\d/\d)", out) for out in (*outputs, alone.stdout)]
+    assert epochs == [["1/2", "2/2"], ["3/3"], ["4/4"]]
+    history = load(tmp_path / "checkpoints" / "demo" / "last.pt")["history"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+
+
+def train_on_two_machines(command: str, folder: Path, *flags: str) -> str:
+    """What both wrote to stdout, in one piece: the first process is on either of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    for name, value in [("HOST:29500", endpoint), ("--nproc-per-node 8", "--nproc-per-node 1")]:
+        assert name in command
+        command = command.replace(name, value)
+    _, *options, script = command.split()
+    command = [*LAUNCHER, *options, str(ROOT / script), *TINY, *flags]
+    machines = [start([*command, "--data-dir", name], cwd=folder) for name in ("data-a", "data-b")]
+    outputs = [machine.communicate(timeout=300) for machine in machines]
+    for machine, (_, err) in zip(machines, outputs):
+        assert machine.returncode == 0 and "Warning" not in err, err
+    return "".join(out for out, _ in outputs)
 
 
 def be_one_of_two() -> None:
