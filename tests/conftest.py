@@ -14,15 +14,26 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny batches gain nothing from more
 
 
+def tests_a_gpu(config: pytest.Config) -> bool:
+    """Whether -m gpu was given."""
+    return bool(re.search(r"(?<!not )\bgpu\b", config.option.markexpr))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Runs two processes where pytest-xdist is installed; one for -n, --pdb and a GPU's tests."""
-    options, on_gpu = config.option, re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
-    if hasattr(config, "workerinput") or not hasattr(options, "numprocesses"):
-        return  # this is one of the two, or there is no pytest-xdist
-    if options.numprocesses is None and not options.usepdb and not on_gpu:
+    """Runs two processes where pytest-xdist is installed; but one for -n, --pdb or a GPU's tests."""
+    options = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ or options.usepdb or tests_a_gpu(config):
+        return
+    if getattr(options, "numprocesses", 0) is None:
         options.numprocesses = min(2, os.cpu_count())
         options.dist = "worksteal" if options.dist == "no" else options.dist
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, before torch is imported: every test but those marked gpu expects a CPU."""
+    if not tests_a_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
