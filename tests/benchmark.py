@@ -1,10 +1,10 @@
 """Measures this project's training side by side with its ceiling and with the usual scripts.
 
-    python tests/benchmark.py                    one table, within ten minutes on two cores
+    python tests/benchmark.py                    one table, within about BUDGET_MINUTES
     python tests/benchmark.py --compile --json speed.json
 
 ours        train.train_one_epoch on data.TrainLoader: indexing, augmentation and step
-ceiling     the same on one batch that is already there: what the input pipeline leaves to gain
+ceiling     the same, always on the same batch: without any cost of the input pipeline
 classic     the script that people write first: PIL images, a worker per core, fp32, contiguous
 careful     the same with autocast, channels_last, persistent workers and pinned memory
 compiled    ours with --compile
@@ -12,8 +12,9 @@ evaluation, augmentation alone (ours on the device; torchvision's on PIL images 
 
 The variants take turns, in reverse order every other time. A turn starts with warm-up steps outside
 the timing; workers start in them, and have images left to prepare until the timing has ended, so
-that as many batches are prepared within it as are used. cuDNN's search for fast algorithms is on
-for all. Without CIFAR-100 in --data-dir the pixels are random: the speed does not depend on them.
+that as many batches are prepared within it as are used. On a slow machine there are fewer turns,
+three at least, with fewer steps, to stay within the budget. cuDNN's search for fast algorithms is
+on for all. Without CIFAR-100 in --data-dir the pixels are random: the speed does not depend on them.
 """
 
 import json
@@ -42,7 +43,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
-from tqdm import tqdm
 
 import data
 import model as resnet
@@ -50,14 +50,15 @@ import train
 import utils
 
 DATA_DIR = "data"  # folder that holds cifar-100-python/; random pixels if it does not
-BATCH_SIZE = 0  # images a step; 0: 16 on a CPU, 128 on a GPU
-IMAGE_SIZE = 224  # pixels a side that the network sees
-STEPS = 0  # timed steps a turn; 0: 8 on a CPU, 50 on a GPU
+BATCH_SIZE = 0  # images per step; 0: 16 on a CPU, 128 on a GPU
+IMAGE_SIZE = 224  # pixels per side that the network sees
+STEPS = 0  # timed steps per turn; 0: 8 on a CPU, 50 on a GPU, or as many as the budget allows
 WARMUP_STEPS = 0  # steps before those; 0: 2 on a CPU, on a GPU what the workers prefetch
-REPEATS = 5  # turns of every variant
+REPEATS = 5  # turns of every variant, at most
+BUDGET_MINUTES = 8.0  # after three turns, another one only if it would end within this time
 DEVICE = "auto"  # auto, cuda, mps or cpu
 PRECISION = "auto"  # auto, bf16, fp16 or fp32; of all but classic
-COMPILE = False  # measure the compiled training step too
+COMPILE = False  # measure the compiled network too
 JSON = ""  # file that gets the same figures
 
 ALLOWED = {
@@ -66,19 +67,51 @@ ALLOWED = {
     "STEPS": (0, 50_000),
     "WARMUP_STEPS": (0, 50_000),
     "REPEATS": (1, 1000),
+    "BUDGET_MINUTES": (0, 1e6),
+    "DEVICE": ["auto", "cuda", "mps", "cpu"],
+    "PRECISION": ["auto", "bf16", "fp16", "fp32"],
 }
+SIZES = ("precision", "batch_size", "image_size", "steps", "warmup_steps", "budget_minutes")
+LEAST_TURNS = 3
 
 
 def main(argv: list[str] | None = None) -> None:
+    begin = time.perf_counter()
     args, _ = utils.parse_flags(__file__, argv)
+    deadline = begin + 60 * args.budget_minutes
     device = complete(args)
     images, source = read_images(args.data_dir)
-    about = describe(args, device, source)
+    about = describe(device, source)
     for label, value in about.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {part}" for name, part in value.items())
         utils.say(label, value)
+    # First, while the device's memory is free
+    starts = [measure_start(args) for _ in range(min(args.repeats, LEAST_TURNS))]
+    if not args.steps:
+        args.steps = fit_steps(args, device, images, deadline)
+    about["sizes"] = {name: getattr(args, name) for name in SIZES}
+    utils.say("sizes", ", ".join(f"{name} {size}" for name, size in about["sizes"].items()))
 
+    # An empty cache: what is measured is a first compilation.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        measured = take_turns(args, device, make_variants(args, device, images), deadline)
+    measured["start_seconds"] = {
+        part: median(start[part] for start in starts) for part in starts[0]
+    }
+    result = summarise(args, measured, len(images.labels)) | about
+    print_table(result)
+    turns, minutes = len(measured["repeats"]["ours"]), (time.perf_counter() - begin) / 60
+    utils.say("turns", f"{turns} of each variant, {minutes:.1f} minutes in all")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def make_variants(
+    args: Namespace, device: torch.device, images: data.Split
+) -> dict[str, Iterator[float]]:
+    """What is measured, by name."""
     variants = {
         "ours": train_ours(args, device, images),
         "ceiling": train_ours(args, device, images, OneBatch),
@@ -90,15 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.compile:
         variants["compiled"] = train_ours(args, device, images, compile_it=True)
-    # An empty cache: what is measured is a first compilation.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        measured = take_turns(args, device, variants)
-
-    result = summarise(args, measured, len(images.labels)) | about
-    print_table(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return variants
 
 
 # ---- the variants: generators that take a turn for each value asked of them, images/s -----------
@@ -116,7 +141,7 @@ class ShortLoader(data.TrainLoader):
 
 
 class OneBatch(ShortLoader):
-    """Yields one batch that is on the device already, again and again."""
+    """Yields one batch that is on the device already."""
 
     def __init__(self, images: data.Split, args: Namespace, steps: int) -> None:
         super().__init__(images, args, steps)
@@ -304,9 +329,10 @@ def complete(args: Namespace) -> torch.device:
     on_cpu = device.type == "cpu"
     args.precision = utils.choose_precision(args.precision, device)
     args.batch_size = args.batch_size or (16 if on_cpu else 128)
-    epoch = 50_000 // args.batch_size  # a turn is no longer than that
-    args.steps = min(args.steps or (8 if on_cpu else 50), epoch)
-    args.warmup_steps = min(args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count()), epoch)
+    args.warmup_steps = args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count())
+    args.warmup_steps, args.steps = (
+        min(steps, 50_000 // args.batch_size) for steps in (args.warmup_steps, args.steps)
+    )  # no more than an epoch
     constants, _ = utils.parse_flags(train.__file__, [])
     vars(args).update(vars(constants) | vars(args))
     return device
@@ -322,8 +348,8 @@ def read_images(data_dir: str) -> tuple[data.Split, str]:
         return images, f"random pixels in CIFAR-100's shape ({str(error).split('. ')[0]})"
 
 
-def describe(args: Namespace, device: torch.device, source: str) -> dict:
-    """Hardware, versions, data and sizes of the measurement."""
+def describe(device: torch.device, source: str) -> dict:
+    """Hardware, versions and data of the measurement."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         cpu = cpuinfo.split("model name", 1)[1].split("\n", 1)[0].strip("\t :")
@@ -337,45 +363,55 @@ def describe(args: Namespace, device: torch.device, source: str) -> dict:
     }
     if device.type == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    names = ("precision", "batch_size", "image_size", "steps", "warmup_steps", "repeats")
     return {
         "device": f"{utils.device_name(device)}; host {cpu}, {os.cpu_count()} cores",
         "versions": versions,
         "data": source,
-        "sizes": {name: getattr(args, name) for name in names},
     }
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def take_turns(args: Namespace, device: torch.device, variants: dict[str, Iterator]) -> dict:
+def fit_steps(args: Namespace, device: torch.device, images: data.Split, deadline: float) -> int:
+    """Times one step of each variant; returns how many allow LEAST_TURNS before the deadline."""
+    trial = Namespace(**vars(args) | {"steps": 1, "warmup_steps": 1, "compile": False})
+    seconds_per_step = 0
+    for variant in make_variants(trial, device, images).values():
+        seconds_per_step += args.batch_size / next(variant)
+        variant.close()
+    seconds_per_turn = (deadline - time.perf_counter()) / LEAST_TURNS
+    most = min(8 if device.type == "cpu" else 50, 50_000 // args.batch_size)
+    return max(1, min(most, int(seconds_per_turn / seconds_per_step) - args.warmup_steps))
+
+
+def take_turns(
+    args: Namespace, device: torch.device, variants: dict[str, Iterator], deadline: float
+) -> dict:
     """Every repeat's images/s, bytes of device memory at the peak, seconds of the first turns."""
     names, on_gpu = list(variants), device.type == "cuda"
     rates = {name: [] for name in names}
-    first_seconds, peak_memory, held = {}, {}, dict.fromkeys(names, 0)
-    starts, turns = [], args.repeats * (len(names) + 1)
-    with tqdm(total=turns, unit="turn", leave=False, disable=not utils.on_terminal()) as bar:
-        for _ in range(args.repeats):  # first, while the device's memory is free
-            bar.set_description("start")
-            starts.append(measure_start(args))
+    first_seconds, peak_memory, held, longest = {}, {}, dict.fromkeys(names, 0), 0
+    for repeat in range(args.repeats):
+        begin = time.perf_counter()
+        if repeat >= LEAST_TURNS and begin + longest > deadline:
+            break
+        bar = utils.progress_bar(f"turn {repeat + 1}", len(names), unit="variant")
+        for name in names if repeat % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            if on_gpu:
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            rates[name].append(next(variants[name]))
+            if on_gpu:  # of this variant alone: what it held already, and what it took now
+                peak_memory[name] = held[name] + torch.cuda.max_memory_allocated() - before
+                held[name] += torch.cuda.memory_allocated() - before
+            first_seconds.setdefault(name, time.perf_counter() - start)
             bar.update()
-        for repeat in range(args.repeats):
-            for name in names if repeat % 2 == 0 else reversed(names):
-                bar.set_description(name)
-                start = time.perf_counter()
-                if on_gpu:
-                    before = torch.cuda.memory_allocated()
-                    torch.cuda.reset_peak_memory_stats()
-                rates[name].append(next(variants[name]))
-                if on_gpu:  # of this variant alone: what it held already, and what it took now
-                    peak_memory[name] = held[name] + torch.cuda.max_memory_allocated() - before
-                    held[name] += torch.cuda.memory_allocated() - before
-                first_seconds.setdefault(name, time.perf_counter() - start)
-                bar.update()
+        bar.close()
+        longest = max(longest, time.perf_counter() - begin)
     return {
         "repeats": rates,
-        "start_seconds": {part: median(start[part] for start in starts) for part in starts[0]},
         "first_turn_seconds": first_seconds,
         "peak_memory_bytes": peak_memory,
     }
@@ -421,7 +457,7 @@ def summarise(args: Namespace, measured: dict, epoch_images: int) -> dict:
     if args.compile:
         images = (args.warmup_steps + args.steps) * args.batch_size
         cost = measured["first_turn_seconds"]["compiled"] - images / result["compiled"]
-        saved = epoch_images * (1 / result["ours"] - 1 / result["compiled"])  # seconds an epoch
+        saved = epoch_images * (1 / result["ours"] - 1 / result["compiled"])  # seconds per epoch
         result["compiled_over_ours"] = result["compiled"] / result["ours"]
         result["compile_seconds"] = cost
         result["compile_pays_after_epochs"] = cost / saved if saved > 0 else None
