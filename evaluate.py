@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         summary = summarize(result, classifier)
         print_numbers(result, summary)
         write_tables(result, summary, folder)
-        write_pictures(result, classifier, folder)
+        write_pictures(result, summary, folder)
         picture = folder / "confusion_matrix.png"
         utils.say("results", str(folder))
     if args.show:
@@ -163,7 +163,8 @@ def summarize(result: Result, classifier: Classifier) -> dict:
         "test_images_chose_checkpoint": classifier.constants["holdout_per_class"] == 0,
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
-        **{name: checkpoint[name] for name in ("epoch", "dataset", "precision")},
+        **{name: checkpoint[name] for name in ("epoch", "dataset", "precision", "constants")},
+        "history": read_history(classifier.path, checkpoint["history"]),
     }
     if result.superclasses:
         summary["superclass_accuracy"] = count_superclasses(result).trace() / count
@@ -318,7 +319,7 @@ def write_tables(result: Result, summary: dict, folder: Path) -> None:
         write_csv(folder / "predictions.csv", header, rows)
 
 
-def write_pictures(result: Result, classifier: Classifier, folder: Path) -> None:
+def write_pictures(result: Result, summary: dict, folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
     optional = ["superclass_confusion_matrix", "most_confused", "mistakes", "training_curves"]
     figures = dict.fromkeys(optional)
@@ -330,9 +331,9 @@ def write_pictures(result: Result, classifier: Classifier, folder: Path) -> None
         figures["superclass_confusion_matrix"] = draw_matrix(coarse_matrix, result.superclasses)
     if result.pairs:
         figures |= {"most_confused": draw_pairs(result), "mistakes": draw_mistakes(result)}
-    history = read_history(classifier.path, classifier.checkpoint["history"])
-    if history:
-        figures["training_curves"] = draw_curves(history, classifier.constants)
+    if summary["history"]:
+        curves = draw_curves(summary["history"], summary["constants"])
+        figures["training_curves"] = curves
     with writing_into(folder):
         for name, figure in figures.items():
             path = folder / f"{name}.png"

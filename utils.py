@@ -314,6 +314,8 @@ CONTENTS = {
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher and the state of all else that training changes
 RUN_FILES = ("best.pt", "last.pt", "history.csv")
+# Constants that say where and how a run is done, not what it computes
+WHERE_AND_HOW = {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}
 
 
 @contextmanager
@@ -421,9 +423,15 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} cannot be used: {reason.splitlines()[0]}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
-    constants = read_constants(str(Path(__file__).with_name("train.py")))
-    defaults = {name.lower(): value for name, (value, _) in constants.items()}
-    return checkpoint | {"constants": defaults | checkpoint["constants"]}
+    return checkpoint | {"constants": with_defaults(checkpoint["constants"])}
+
+
+def with_defaults(constants: dict) -> dict:
+    """A run's constants; one that is younger than the run has train.py's default."""
+    own = read_constants(str(Path(__file__).with_name("train.py")))
+    tables = ("ALLOWED", "DEMO_SETTINGS")
+    defaults = {name.lower(): value for name, (value, _) in own.items() if name not in tables}
+    return defaults | constants
 
 
 def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
@@ -437,8 +445,7 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
     checkpoint = load_checkpoint(path)
     if not args.resume and checkpoint.get("launcher") != processes.launcher:
         return None  # of an earlier run: torchrun restarted this one before its first save
-    may_change = {"epochs", "scheduler_patience", "early_stopping_patience"}  # how long
-    may_change |= {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}  # where and how
+    may_change = WHERE_AND_HOW | {"epochs", "scheduler_patience", "early_stopping_patience"}
     if args.schedule == "cosine":
         may_change.remove("epochs")  # the cosine reaches zero there: another number moves the curve
     for name, value in vars(args).items():
