@@ -3,6 +3,7 @@
     python evaluate.py                              checkpoints/best.pt
     python evaluate.py --checkpoint checkpoints/demo/best.pt
     python evaluate.py --tta                        averages over each image and its mirror image
+    python evaluate.py --compare results/before     what changed since another evaluation
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
@@ -32,6 +33,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from PIL import Image, ImageOps
+from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor
 
@@ -44,6 +46,7 @@ DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it whe
 RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # auto, cuda, mps or cpu
 TTA = False  # average the logits over each image and its mirror image: twice the time
+COMPARE = ""  # results folder of another evaluation to compare with, image by image; "" for none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -65,9 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         picture = classify_pictures(classifier, args, folder)
     else:
-        result = classify_test_images(classifier, args)
+        test = read_test_images(classifier, args)
+        other = read_results(args, classifier, test.labels.numpy()) if args.compare else None
+        result = Result(test, classifier.predict(test.images), classifier.classes)
         summary = summarize(result, classifier)
         print_numbers(result, summary)
+        if other:
+            summary["comparison"] = compare(result, summary, other)
+            print_comparison(summary)
         write_tables(result, summary, folder)
         write_pictures(result, summary, folder)
         picture = folder / "confusion_matrix.png"
@@ -134,8 +142,8 @@ class Result:
         return indices[np.argsort(-self.confidence[indices], kind="stable")][:count]
 
 
-def classify_test_images(classifier: Classifier, args: Namespace) -> Result:
-    """Predicts the official test images, which are downloaded if missing."""
+def read_test_images(classifier: Classifier, args: Namespace) -> data.Split:
+    """The official test images, which are downloaded if missing."""
     dataset = classifier.checkpoint["dataset"]
     if dataset == "cifar100":
         data.fetch_cifar100(args.data_dir)
@@ -145,7 +153,7 @@ def classify_test_images(classifier: Classifier, args: Namespace) -> Result:
         utils.say("note", "these images were used neither to train nor to select the checkpoint")
     else:
         utils.say("note", "the checkpoint was selected on these images: the numbers are optimistic")
-    return Result(test, classifier.predict(test.images), classifier.classes)
+    return test
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -282,6 +290,124 @@ def print_numbers(result: Result, summary: dict) -> None:
         utils.say("no tta", f"loss {single['loss']:.4f}, {accuracy}")
 
 
+# ---- two evaluations of the same images ---------------------------------------------------------
+
+
+def read_results(args: Namespace, classifier: Classifier, labels: np.ndarray) -> dict:
+    """What a comparison needs of the evaluation in COMPARE, its predicted classes (N,) included.
+
+    labels: of the test images (N,). Raises UserError if the files are damaged or of other images.
+    """
+    folder, dataset = Path(args.compare), classifier.checkpoint["dataset"]
+    if folder.resolve() == Path(args.results_dir).resolve():
+        utils.refuse_flag("compare", args.compare, "another folder than --results-dir")
+    path = folder / "metrics.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        names = ("dataset", "checkpoint", "epoch", "tta", "top1_accuracy", "constants", "history")
+        other = {"results_dir": str(folder)} | {name: summary[name] for name in names}
+        other["constants"] = utils.with_defaults(other["constants"])
+        names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
+        other["history"] = [{name: float(row[name]) for name in names} for row in other["history"]]
+        if other["dataset"] != dataset:
+            raise ValueError(f"its data set is {other['dataset']!r}, not {dataset!r}")
+        path = folder / "predictions.csv"
+        rows = path.read_text(encoding="utf-8").splitlines()[1:]
+        if len(rows) != len(labels):
+            raise ValueError(f"it has {len(rows):,} images, not {len(labels):,}")
+        columns = np.loadtxt(rows, int, delimiter=",", usecols=range(3))
+        if not np.array_equal(columns[:, :2], np.stack([range(len(labels)), labels], 1)):
+            raise ValueError("its labels are not those of the test images")
+        if not abs(np.mean(columns[:, 2] == labels) - other["top1_accuracy"]) < 1e-9:
+            raise ValueError("its accuracy is not that of metrics.json")
+    except Exception as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise utils.UserError(
+            f"{path} cannot be compared: {getattr(error, 'strerror', None) or reason}. Expected "
+            "results of this evaluate.py for the same test images: evaluate that checkpoint again"
+        ) from error
+    return other | {"predicted": columns[:, 2]}
+
+
+def compare(result: Result, summary: dict, other: dict) -> dict:
+    """What metrics.json holds as "comparison"; differences are this evaluation minus the other."""
+    labels, numbers, other_predicted = result.labels, range(len(result.classes)), other["predicted"]
+    matrices = result.matrix, metrics.confusion_matrix(labels, other_predicted, labels=numbers)
+    f1, other_f1 = (2 * m.diagonal() / (m.sum(0) + m.sum(1)).clip(1) for m in matrices)
+    hits, other_hits = (m.diagonal().tolist() for m in matrices)
+    names = ("class", "f1_change", "correct", "other_correct")
+    rows = zip(result.classes, (f1 - other_f1).tolist(), hits, other_hits)
+    run, other_run = ({"tta": x["tta"]} | x["constants"] for x in (summary, other))
+    return compare_paired(result.predicted == labels, other_predicted == labels) | {
+        "classes": [dict(zip(names, row)) for row in sorted(rows, key=lambda row: -row[1])],
+        "different_constants": {
+            name: {"other": other_run.get(name), "this": value}
+            for name, value in run.items()
+            if value != other_run.get(name) and name not in utils.WHERE_AND_HOW
+        },
+        "other": {name: value for name, value in other.items() if name != "predicted"},
+    }
+
+
+def compare_paired(correct: np.ndarray, other_correct: np.ndarray) -> dict:
+    """Difference of two accuracies over the same N images, its 95 % interval and McNemar's test.
+
+    correct, other_correct: bool (N,). The interval is the percentile bootstrap over images: each
+    adds 1, -1 or 0 to the difference, so a resample is a multinomial draw of three counts.
+    McNemar's exact test: if both were equally good, an image that only one of them gets right would
+    be either's with probability 1/2 (McNemar 1947, doi:10.1007/BF02295996).
+    """
+    only_this, only_other = correct & ~other_correct, other_correct & ~correct
+    gained, lost, count = int(only_this.sum()), int(only_other.sum()), len(correct)
+    probabilities = np.array([gained, lost, count - gained - lost]) / count
+    drawn = np.random.default_rng(0).multinomial(count, probabilities, 10_000)
+    interval = np.percentile((drawn[:, 0] - drawn[:, 1]) / count, [2.5, 97.5])
+    return {
+        "difference": (gained - lost) / count,
+        "difference_interval_95": interval.tolist(),
+        "only_this_correct": gained,
+        "only_other_correct": lost,
+        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+    }
+
+
+def largest_changes(comparison: dict, count: int) -> list[dict]:
+    """The classes whose F1 rose and fell most, at most count each, the largest gain first."""
+    rose = [row for row in comparison["classes"] if row["f1_change"] > 0]
+    fell = [row for row in comparison["classes"] if row["f1_change"] < 0]
+    return rose[:count] + fell[-count:]
+
+
+def print_comparison(summary: dict) -> None:
+    """Prints what changed from the other evaluation to this one, and how certain that is."""
+    comparison, other = summary["comparison"], summary["comparison"]["other"]
+    changes = largest_changes(comparison, 5)
+    print(
+        "\nlargest changes in F1, with correct images" if changes else "\nF1: no class has changed"
+    )
+    for row in changes:
+        print("{f1_change:+8.4f}  {class}: other {other_correct}, this {correct}".format(**row))
+    print()
+    utils.say("compared", "with {results_dir}: {checkpoint}, epoch {epoch}".format(**other))
+    before, after = (100 * x["top1_accuracy"] for x in (other, summary))
+    utils.say("top-1", f"other {before:.2f} %, this {after:.2f} %")
+    low, high = (100 * x for x in comparison["difference_interval_95"])
+    interval = f"paired 95 % interval {low:+.2f} to {high:+.2f} points"
+    utils.say("change", f"{after - before:+.2f} points, {interval}")
+    p = comparison["mcnemar_p"]
+    test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
+    counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
+    utils.say("images", f"{counts.format(**comparison)}; {test}")
+    notes = {
+        "tta": " (averaging two views changes the accuracy by itself)",
+        "holdout_per_class": " (with 0, these images selected the checkpoint: optimistic)",
+    }
+    for name, values in comparison["different_constants"].items():
+        text = "other {other!r}, this {this!r}".format(**values)
+        utils.say("differs", f"{name.upper()}: {text}{notes.get(name, '')}")
+    utils.say("caution", "two checkpoints, not two recipes: another SEED changes the accuracy too")
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -322,7 +448,7 @@ def write_tables(result: Result, summary: dict, folder: Path) -> None:
 def write_pictures(result: Result, summary: dict, folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
     optional = ["superclass_confusion_matrix", "most_confused", "mistakes", "training_curves"]
-    figures = dict.fromkeys(optional)
+    figures = dict.fromkeys([*optional, "comparison"])
     figures["confusion_matrix"] = draw_matrix(result.matrix, result.classes, result.superclasses)
     figures["per_class"] = draw_f1(result.f1)
     figures["reliability"] = draw_reliability(result.bins)
@@ -334,12 +460,15 @@ def write_pictures(result: Result, summary: dict, folder: Path) -> None:
     if summary["history"]:
         curves = draw_curves(summary["history"], summary["constants"])
         figures["training_curves"] = curves
+    if "comparison" in summary:
+        figures["comparison"] = draw_comparison(summary)
     with writing_into(folder):
         for name, figure in figures.items():
             path = folder / f"{name}.png"
             if figure is None:
                 path.unlink(missing_ok=True)  # an earlier evaluation may have left it
-                utils.say("note", f"nothing to draw in {path.name}")
+                if name in optional:
+                    utils.say("note", f"nothing to draw in {path.name}")
             else:
                 figure.savefig(path, dpi=150, bbox_inches="tight")
 
@@ -470,20 +599,62 @@ def draw_curves(history: list[dict], constants: dict) -> Figure:
     epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
     best = watched.index(max(watched) if watch == "accuracy" else min(watched))
     figure = new_figure(11, 4.5)
-    left, right = figure.subplots(1, 2)
-    for axes, name in (left, "loss"), (right, "accuracy"):
-        axes.plot(epochs, column[f"train_{name}"], "o-", ms=4, label="training, augmented")
-        axes.plot(epochs, column[f"val_{name}"], "s-", ms=4, label="validation")
+    panels = figure.subplot_mosaic([["loss", "accuracy"]])
+    plot_history(panels, history)
+    for name, axes in panels.items():
         place = epochs[best], column[f"val_{name}"][best]
         axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
         draw_learning_rate(axes, epochs, rates, cosine)
-        axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set(ylabel="loss (cross-entropy, nats)", yscale="log")
-    left.yaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter())
-    right.set_ylabel("accuracy")
-    right.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    handles = panels["loss"].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+class PlainLogFormatter(LogFormatter):
+    """Labels the same ticks as LogFormatter, but with 0.6 instead of 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return super().__call__(x, pos) and f"{x:g}"
+
+
+def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **style) -> None:
+    """Plots the loss and the accuracy by epoch, in training and in validation."""
+    epochs = [row["epoch"] for row in history]
+    style |= {"markersize": 4 if len(epochs) <= 50 else 0}
+    parts = {"train": ("training, augmented", "o--"), "val": ("validation", "s-")}
+    for name in ("loss", "accuracy"):
+        for part, (label, line) in parts.items():
+            values = [row[f"{part}_{name}"] for row in history]
+            panels[name].plot(epochs, values, line, label=run + label, **style)
+        panels[name].set_xlabel("epoch")
+        panels[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels["loss"].set(ylabel="loss (cross-entropy, nats)", yscale="log")
+    panels["loss"].yaxis.set(major_formatter="{x:g}", minor_formatter=PlainLogFormatter())
+    panels["accuracy"].set_ylabel("accuracy")
+    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
+
+def draw_comparison(summary: dict) -> Figure:
+    """The largest changes in F1 per class, 15 each way, and both runs' loss and accuracy."""
+    changes = largest_changes(summary["comparison"], 15)
+    names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
+    this, other = "steelblue", "darkorange"
+    figure = new_figure(12, 8)
+    panels = figure.subplot_mosaic([["f1", "loss"], ["f1", "accuracy"]])
+    axes, places = panels["f1"], range(len(names))
+    bars = axes.barh(places, values, color=[this if x > 0 else other for x in values])
+    axes.bar_label(bars, fmt="%+.3f", padding=2)
+    axes.margins(x=0.2)
+    axes.set(yticks=places, yticklabels=names, ylim=(max(15, len(names)) - 0.5, -0.5))
+    axes.set_title("" if names else "no class has changed")
+    axes.set_xlabel("change in F1: this evaluation - other")
+    sns.despine(ax=axes)
+    old = summary["comparison"]["other"]["history"]
+    plot_history(panels, old, "other: ", color=other, linewidth=3, alpha=0.6)
+    plot_history(panels, summary["history"], "this: ", color=this)
+    handles = panels["loss"].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4)
     return figure
 
 
