@@ -8,9 +8,10 @@
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
-pictures into RESULTS_DIR; with --images only predictions.png. In predictions.csv, index counts from
-0 in the official test file, label and predicted are class numbers, and confidence is the softmax of
-the predicted class. Rows of a confusion matrix are true classes, columns are predicted classes.
+pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
+index counts from 0 in the official test file, label and predicted are class numbers, and confidence
+is the softmax of the predicted class. Rows of a confusion matrix are true classes, columns are
+predicted classes.
 """
 
 import csv
@@ -20,6 +21,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -691,17 +693,22 @@ def open_window(path: Path) -> None:
 
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
-    """Prints the five most likely classes of the user's pictures and draws the first 24."""
+    """Prints and writes the five most likely classes of the user's pictures, draws the first 24."""
     files, images = read_pictures(args.images)
     probabilities = classifier.predict(images).mean(0).softmax(1)
-    titles = []
-    for file, caption in zip(files, describe_top5(probabilities, classifier.classes)):
+    titles, rows = [], []
+    for file, top5 in zip(files, find_top5(probabilities, classifier.classes)):
+        caption = "\n".join(f"{100 * p:6.2f} %  {name}" for name, p in top5)
         print(f"{file}\n{caption}")
         titles.append(f"{file.name[-24:]}\n{caption}")
-    picture = folder / "predictions.png"
+        rows.append([file, *chain.from_iterable(top5)])
+    picture, table = folder / "predictions.png", folder / "pictures.csv"
     with writing_into(folder):
+        header = [f"{column}_{rank}" for rank in range(1, 6) for column in ("class", "probability")]
+        write_csv(table, ["file", *header], rows)
         draw_tiles(images[:24], titles[:24], columns=4, width=2.5).savefig(picture, dpi=150)
-    utils.say("results", f"{picture}: the first {len(titles[:24])} as the network sees them")
+    seen = f"the first {len(titles[:24])} as the network sees them"
+    utils.say("results", f"{table}; {picture}: {seen}")
     return picture
 
 
@@ -729,13 +736,10 @@ def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
     return files, torch.stack(images).permute(0, 3, 1, 2)
 
 
-def describe_top5(probabilities: Tensor, classes: list[str]) -> list[str]:
-    """The five most likely classes of each image, one per line."""
-    captions = []
-    for values, numbers in zip(*probabilities.topk(5)):
-        lines = [f"{100 * p:6.2f} %  {classes[i]}" for p, i in zip(values.tolist(), numbers)]
-        captions.append("\n".join(lines))
-    return captions
+def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str, float]]]:
+    """The five most likely classes of each image with their probabilities, most likely first."""
+    top5 = zip(*(x.tolist() for x in probabilities.topk(5)))
+    return [[(classes[i], p) for p, i in zip(values, numbers)] for values, numbers in top5]
 
 
 if __name__ == "__main__":
