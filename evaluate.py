@@ -738,8 +738,9 @@ def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
 
 def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str, float]]]:
     """The five most likely classes of each image with their probabilities, most likely first."""
-    top5 = zip(*(x.tolist() for x in probabilities.topk(5)))
-    return [[(classes[i], p) for p, i in zip(values, numbers)] for values, numbers in top5]
+    values, numbers = probabilities.topk(5)
+    rows = zip(numbers.tolist(), values.tolist())
+    return [[(classes[i], p) for i, p in zip(*row)] for row in rows]
 
 
 if __name__ == "__main__":

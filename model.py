@@ -43,12 +43,10 @@ def build_model(num_classes: int, weights: str = "", classes: Sequence[str] = ()
     model = get_model(ARCHITECTURE)
     model.fc = Head(model.fc.in_features, num_classes)
     if weights:
-        head = {f"fc.{name}": tensor for name, tensor in model.fc.state_dict().items()}
-        pretrained, its_classes = read_weights(weights)
-        if not its_classes or its_classes != list(classes):
-            pretrained = {
-                key: x for key, x in pretrained.items() if not key.startswith("fc.")
-            } | head
+        pretrained, pretrained_classes = read_weights(weights)
+        if not pretrained_classes or pretrained_classes != list(classes):
+            pretrained = {name: x for name, x in pretrained.items() if not name.startswith("fc.")}
+            pretrained |= {f"fc.{name}": x for name, x in model.fc.state_dict().items()}
         try:
             model.load_state_dict(pretrained)
         except RuntimeError as error:
