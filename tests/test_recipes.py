@@ -1,4 +1,4 @@
-"""The recipes of train.py: the head first, cosine, smoothing, mixing, averages, frozen batch norm."""
+"""The recipes of train.py: training the head first, cosine, mixing, averages, frozen batch norm."""
 
 import csv
 import functools
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import share_folder
 from scipy import stats
-from scripts import TINY, Script, run_script
+from scripts import AUGMENTATION, TINY, Script, run_script, settings
 from test_train import assert_same, load
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet, resnet18
@@ -27,13 +28,13 @@ import train
 import utils
 
 COSINE = {"schedule": "cosine", "warmup_epochs": 0.5, "epochs": 2}
-MIXING = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "flip": 0.5}
-RECIPES = {"head_epochs": 2, "ema_decay": 0.9} | COSINE | MIXING
-FROZEN = RECIPES | {"ema_decay": 0.0, "freeze_batch_norm": True}
-
-
-def settings(**changed) -> Namespace:
-    return Namespace(**vars(utils.parse_flags(train.__file__, [])[0]) | changed)
+MIXING = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1}
+RECIPES = {"weights": "start.pth", "head_epochs": 2, "ema_decay": 0.9} | COSINE | MIXING
+RUNS = {
+    "averaged": RECIPES,
+    "frozen": RECIPES | {"ema_decay": 0.0, "freeze_batch_norm": True},
+    "head": {"weights": "start.pth", "head_epochs": 2, "epochs": 0},
+}
 
 
 def randomize_statistics(network: nn.Module) -> None:
@@ -45,7 +46,7 @@ def randomize_statistics(network: nn.Module) -> None:
 
 def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed):
     """(args, run, loader of 16 digits) of a ResNet-10 without dropout, unlike on other ranks."""
-    args = settings(image_size=32, **changed)
+    args = settings(**AUGMENTATION | changed)
     torch.manual_seed(rank)
     network = ResNet(BasicBlock, [1, 1, 1, 1], 10)
     network.fc = resnet.Head(512, 10)
@@ -59,14 +60,16 @@ def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed
 def linear_run(model: nn.Module, **changed):
     """(args, run, loader of 3 steps) of a model of 6 features."""
     args = settings(batch_size=4, **changed)
-    features = torch.randn(12, 1, 6, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
     loader = data.FeatureLoader(data.Split(features, torch.arange(12) % 3), args)
     return args, train.make_run(args, model, "fp32"), loader
 
 
 def prepare() -> None:
-    """In a script's process: ResNet-18 in place of 50, and last-1.pt is last.pt after epoch 1."""
+    """In a script's process: ResNet-18, 60 test images; last-1.pt is last.pt after epoch 1."""
     resnet.ARCHITECTURE, save_run = "resnet18", utils.save_run
+    images, test, classes = data.read_digits()
+    data.read_digits = lambda: (images, test.select(slice(60)), classes)
 
     def save_and_link(folder, metadata, parts, history, is_best=False):
         save_run(folder, metadata, parts, history, is_best)
@@ -77,96 +80,83 @@ def prepare() -> None:
 
 
 def train_small(folder: Path, *flags: str, **changed) -> str:
-    """Runs train.py on some digits in ResNet-18; returns what it printed."""
+    """Runs train.py in ResNet-18, validated on the test images; returns what it printed."""
+    flags = [*TINY, "--holdout-per-class", "0", "--checkpoint-dir", "demo", *flags]
     for name, value in changed.items():
         flag = f"--{name.replace('_', '-')}"
-        flags += (flag,) if value is True else (flag, str(value))
-    flags = [*TINY, "--checkpoint-dir", "demo", *flags]
+        flags += [flag] if value is True else [flag, str(value)]
     script = run_script("train.py", *flags, cwd=folder, prepare=prepare)
     assert script.status == 0, script.stderr
     return script.stdout
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> Path:
-    """A folder in which a run with all recipes ended."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    train_small(folder, **RECIPES)
-    return folder
+@pytest.fixture
+def finished(tmp_path_factory):
+    """The folder of a run by its name in RUNS: start.pth, and in demo/ what it left."""
+
+    def fill(folder: Path, name: str) -> None:
+        torch.manual_seed(0)
+        randomize_statistics(start := resnet18())
+        torch.save(start.state_dict(), folder / "start.pth")
+        train_small(folder, **RUNS[name])
+
+    return lambda name: share_folder(
+        tmp_path_factory, f"recipes-{name}", functools.partial(fill, name=name)
+    )
 
 
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("frozen")
-    train_small(folder, **FROZEN)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def head_alone(tmp_path_factory) -> Path:
-    """A folder with start.pth, and a run that trained only the head on it."""
-    folder = tmp_path_factory.mktemp("head")
-    torch.manual_seed(0)
-    randomize_statistics(start := resnet18())
-    torch.save(start.state_dict(), folder / "start.pth")
-    train_small(folder, weights="start.pth", head_epochs=2, epochs=0, flip=0.5)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("run", "recipes", "epoch"),
-    [("unbroken", RECIPES, 0), ("unbroken", RECIPES, 1), ("frozen", FROZEN, 1)],
-)
-def test_run_with_all_recipes_resumes_bit_for_bit(run, recipes, epoch, request, tmp_path):
-    whole, resumed = request.getfixturevalue(run) / "demo", tmp_path / "demo"
+@pytest.mark.parametrize(("name", "epoch"), [("averaged", 0), ("averaged", 1), ("frozen", 1)])
+def test_run_with_all_recipes_resumes_bit_for_bit(name, epoch, finished, tmp_path):
+    unbroken, resumed = finished(name) / "demo", tmp_path / "demo"
     resumed.mkdir()
-    for name in ("last", "best"):
-        (resumed / f"{name}.pt").hardlink_to(whole / f"{name}-{epoch}.pt")
-    out = train_small(tmp_path, "--resume", **recipes)
+    for file in ("last", "best"):
+        (resumed / f"{file}.pt").hardlink_to(unbroken / f"{file}-{epoch}.pt")
+    out = train_small(tmp_path, "--resume", **RUNS[name])
     trained = re.findall(r"^epoch +(\d)/2", out, re.MULTILINE)
     assert trained == ["0", "1", "2"][epoch + 1 :]  # the head is not trained twice
-    for name in ("last.pt", "best.pt"):
-        assert_same(load(resumed / name), load(whole / name))
+    for file in ("last.pt", "best.pt"):
+        assert_same(load(resumed / file), load(unbroken / file))
 
 
-@pytest.mark.parametrize(("run", "epochs"), [("unbroken", "012"), ("head_alone", "0")])
-def test_evaluation_repeats_the_plain_validation_of_the_best_epoch(run, epochs, request):
-    folder = request.getfixturevalue(run)
-    rows = list(csv.DictReader((folder / "demo" / "history.csv").open()))
+@pytest.mark.parametrize(("name", "epochs"), [("averaged", "012"), ("head", "0")])
+def test_evaluation_repeats_the_plain_validation_of_the_best_epoch(
+    name, epochs, finished, tmp_path
+):
+    folder = finished(name) / "demo"
+    rows = list(csv.DictReader((folder / "history.csv").open()))
     assert [row["epoch"] for row in rows] == list(epochs)
-    assert " ".join(rows[0]) == (
-        "epoch learning_rate train_loss train_accuracy images_per_second val_loss val_accuracy seconds"
-    )
-    flags = ["--checkpoint", "demo/best.pt", "--no-show"]
-    script = run_script("evaluate.py", *flags, cwd=folder, prepare=prepare)
+    columns = "learning_rate train_loss train_accuracy images_per_second val_loss val_accuracy"
+    assert list(rows[0]) == ["epoch", *columns.split(), "seconds"]
+    flags = ["--checkpoint", str(folder / "best.pt"), "--no-show"]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=prepare)
     assert script.status == 0, script.stderr
-    metrics = json.loads((folder / "results" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     best = min(rows, key=lambda row: float(row["val_loss"]))
     assert str(metrics["epoch"]) == best["epoch"]
-    for name, figure in (("loss", "val_loss"), ("top1_accuracy", "val_accuracy")):
-        assert metrics[name] == pytest.approx(float(best[figure]), rel=1e-5)
+    for ours, theirs in (("loss", "val_loss"), ("top1_accuracy", "val_accuracy")):
+        assert metrics[ours] == pytest.approx(float(best[theirs]), rel=1e-5)
 
 
-def test_best_checkpoint_holds_the_average_and_the_last_one_both(unbroken):
-    best = load(unbroken / "demo" / "best.pt")
-    last = load(unbroken / "demo" / f"last-{best['epoch']}.pt")
-    assert_same(best["model"], last["model"])
-    assert best["model"].keys() - resnet18().state_dict().keys() == {
-        f"fc.{layer}.{name}" for layer in (0, 3) for name in ("weight", "bias")
-    }
-    last = load(unbroken / "demo" / "last.pt")
+def test_best_checkpoint_holds_the_average_and_the_last_one_both(finished):
+    folder = finished("averaged") / "demo"
+    best = load(folder / "best.pt")
+    assert_same(best["model"], load(folder / f"last-{best['epoch']}.pt")["model"])
+    head = {f"fc.{layer}.{name}" for layer in (0, 3) for name in ("weight", "bias")}
+    assert best["model"].keys() - resnet18().state_dict().keys() == head
+    last = load(folder / "last.pt")
     assert not torch.equal(last["model"]["conv1.weight"], last["trained_model"]["conv1.weight"])
     assert "trained_model" not in best
 
 
-def test_head_alone_leaves_the_backbone_and_its_statistics_as_they_were(head_alone):
-    start, best = load(head_alone / "start.pth"), load(head_alone / "demo" / "best.pt")["model"]
+def test_head_alone_leaves_the_backbone_and_its_statistics_as_they_were(finished):
+    folder = finished("head")
+    start, best = load(folder / "start.pth"), load(folder / "demo" / "best.pt")["model"]
     for name, tensor in start.items():
         assert name.startswith("fc.") or torch.equal(best[name], tensor), name
 
 
-def test_epochs_of_a_cosine_may_not_change(unbroken):
-    path = unbroken / "demo" / "last.pt"
+def test_epochs_of_a_cosine_may_not_change(finished):
+    path = finished("averaged") / "demo" / "last.pt"
     args = Namespace(**load(path)["constants"] | {"resume": True})
     assert utils.find_checkpoint(path, args, utils.Processes())["epoch"] == 2
     args.epochs = 3
@@ -175,18 +165,18 @@ def test_epochs_of_a_cosine_may_not_change(unbroken):
         utils.find_checkpoint(path, args, utils.Processes())
 
 
-def test_weights_may_be_a_best_checkpoint_whose_head_is_used(head_alone, tmp_path):
+def test_weights_may_be_a_best_checkpoint_whose_head_is_used(finished, tmp_path):
     """An epoch at a rate of nearly zero: the figures are those of the checkpoint."""
-    best = head_alone / "demo" / "best.pt"
+    best = finished("head") / "demo" / "best.pt"
     recipe = {"freeze_batch_norm": True, "epochs": 1, "learning_rate": 1e-9}
     train_small(tmp_path, weights=best, **recipe)
     row = load(tmp_path / "demo" / "last.pt")["history"][0]
     assert row["val_loss"] == pytest.approx(load(best)["history"][0]["val_loss"], rel=1e-3)
 
 
-def test_weights_of_other_classes_get_a_new_head(head_alone, monkeypatch):
+def test_weights_of_other_classes_get_a_new_head(finished, monkeypatch):
     monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
-    best, digits = head_alone / "demo" / "best.pt", list("0123456789")
+    best, digits = finished("head") / "demo" / "best.pt", list("0123456789")
     state = load(best)["model"]
     for classes, kept in ((digits, True), (digits[::-1], False), (data.CLASSES, False)):
         found = resnet.build_model(len(classes), str(best), classes).state_dict()
@@ -196,9 +186,9 @@ def test_weights_of_other_classes_get_a_new_head(head_alone, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "not a number"])
-def test_damaged_weights_are_one_message(damage, head_alone, monkeypatch, tmp_path):
+def test_damaged_weights_are_one_message(damage, finished, monkeypatch, tmp_path):
     monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
-    raw = bytearray((head_alone / "demo" / "best.pt").read_bytes())
+    raw = bytearray((finished("head") / "demo" / "best.pt").read_bytes())
     raw[len(raw) // 2] ^= 64 * (damage == "one bit")
     (tmp_path / "best.pt").write_bytes(raw[: len(raw) // 2 if damage == "cut short" else None])
     if damage == "not a number":
@@ -216,10 +206,9 @@ def test_head_trains_on_what_it_gets_from_the_network_and_nothing_else_changes(d
     recipe = {"head_epochs": 2, "head_learning_rate": 0.05, "ema_decay": 0.9}
     args, run, loader = small_run(dtype=torch.float32, **recipe)
     run.dtype = dtype  # of autocast
-    views, steps = [], []
-    hook = run.model.fc.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].float()))
-    for images in (loader.images, loader.images.flip(3)):
-        resnet.predict(run.model, data.EvalLoader(images, 16, 32), dtype)
+    inputs, steps = [], []
+    hook = run.model.fc.register_forward_pre_hook(lambda _, x: inputs.append(x[0].float()))
+    resnet.predict(run.model, data.EvalLoader(loader.images, 16, 32), dtype)
     hook.remove()
 
     def recorded_step(run, features, labels, args, step=train.train_step):
@@ -233,20 +222,11 @@ def test_head_trains_on_what_it_gets_from_the_network_and_nothing_else_changes(d
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert changed == ["fc.0.weight", "fc.0.bias", "fc.3.weight", "fc.3.bias"]
     assert_same(dict(run.average.state_dict()), dict(after))  # it starts after the head
-    for features, labels, _ in steps:  # each image once, one or the other view
-        same = (features[:, None, None] == torch.stack(views, 1)).all(3)  # (16 rows, images, views)
-        _, image, view = same.nonzero().unbind(1)
-        assert torch.equal(image.sort().values, torch.arange(16)) and set(view.tolist()) == {0, 1}
-        assert torch.equal(labels, loader.labels[image])
+    for features, labels, _ in steps:  # each image once, in another order
+        order = (features[:, None] == inputs[0]).all(2).nonzero()[:, 1]
+        assert torch.equal(order.sort().values, torch.arange(16))
+        assert torch.equal(labels, loader.labels[order])
     assert [rate for *_, rate in steps] == pytest.approx([0.0426777, 0.0073223], abs=1e-7)
-
-
-def test_head_sees_a_mirrored_view_with_the_probability_of_a_flip():
-    views = torch.tensor([0.0, 1.0]).view(1, 2, 1).expand(4000, 2, 1)
-    args = settings(flip=0.3, batch_size=100)
-    batches = data.FeatureLoader(data.Split(views, torch.arange(4000)), args).epoch(1)
-    mirrored = torch.cat([features for features, _ in batches]).mean().item()
-    assert mirrored == pytest.approx(0.3, abs=3 * math.sqrt(0.3 * 0.7 / 4000))
 
 
 @pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
@@ -289,7 +269,7 @@ def test_mixing_weights_are_distributed_as_beta_and_as_torchvisions():
 
 def test_partners_never_cross_the_slice_of_a_process():
     """Every image has a label of its own, so that the labels of a pair tell who is in it."""
-    args = settings(mixup=1.0, cutmix=1.0, batch_size=8, image_size=32)
+    args = settings(**AUGMENTATION, mixup=1.0, cutmix=1.0, batch_size=8)
     split = data.Split(data.read_digits()[0].images[:20], torch.arange(20))
     loaders = [data.TrainLoader(split, args, *place) for place in ((0, 1), (0, 2), (1, 2))]
     steps = list(zip(*(loader.epoch(3) for loader in loaders)))
@@ -347,11 +327,11 @@ def test_cosine_rates_by_hand():
 def test_early_stopping_applies_to_a_cosine_but_no_drop_of_the_rate():
     patience = {"early_stopping_patience": 2, "scheduler_patience": 0}
     args, run, _ = linear_run(nn.Linear(6, 3), schedule="cosine", epochs=9, **patience)
-    losses, epochs = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
-    for epoch in train.remaining_epochs(args, [], run.stopping):
-        train.finish_epoch(run, {"epoch": epoch, "val_loss": next(losses)}, args)
-        epochs.append(epoch)
-    assert epochs == [1, 2, 3, 4] and run.optimizer.param_groups[0]["lr"] == 0.01
+    stops = []
+    for epoch, loss in enumerate([3.0, 2.0, 2.5, 2.0], start=1):
+        train.finish_epoch(run, {"epoch": epoch, "val_loss": loss}, args)
+        stops.append(run.stopping.should_stop)
+    assert stops == [False, False, False, True] and run.optimizer.param_groups[0]["lr"] == 0.01
 
 
 def test_average_follows_the_recursion_by_hand():
