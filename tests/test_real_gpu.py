@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from scripts import ROOT
+from test_gpu import RECIPES
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import data
@@ -114,6 +115,13 @@ def test_no_step_waits_and_evaluate_agrees_with_the_last_validation(
         metrics = json.load(file)
     assert metrics["loss"] == pytest.approx(history[-1]["val_loss"], rel=0.001)
     assert metrics["top1_accuracy"] == pytest.approx(history[-1]["val_accuracy"], abs=2.5 / 360)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_no_step_waits_with_all_recipes_on(device, monkeypatch):
+    watched = forbid_waiting(monkeypatch, device)
+    train_on(device, "run", f"{SMALL} --batch-size 60 --precision bf16 --epochs 2 {RECIPES}")
+    assert watched.count("step") == (2 + 2) * 4 - 1 and watched.count("batch") == 2 * 3
 
 
 @in_each_precision
