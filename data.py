@@ -277,8 +277,6 @@ def augment(
         images = rotate(images, parameters["angle"])
     if "grayscale" in parameters:
         images = torch.where(per_image(parameters["grayscale"]), rgb_to_grayscale(images), images)
-    if "pixel_weight" in parameters:
-        images = mix_images(images, parameters)
     return images
 
 
@@ -429,8 +427,8 @@ class TrainLoader:
         """settings: the constants of train.py, in lower case."""
         self.images, self.labels = split
         self.settings, self.rank, self.world_size = settings, rank, world_size
-        step = world_size * (2 if settings.mixup or settings.cutmix else 1)  # whole pairs
-        self.batch_size = min(settings.batch_size, len(self.labels) // step * step)
+        pairs = len(self.labels) // (2 * world_size)  # per process, for mixup and CutMix
+        self.batch_size = min(settings.batch_size, pairs * 2 * world_size)
         self.num_classes = int(self.labels.max()) + 1
         self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.images.device)
 
@@ -459,6 +457,7 @@ class TrainLoader:
             )
             labels = self.labels[order[batch]]
             if "label_weight" in drawn:
+                images = mix_images(images, drawn)
                 labels = mix_labels(labels, drawn["label_weight"], self.num_classes)
             yield self.normalize_and_resize(images), labels
 

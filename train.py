@@ -9,7 +9,6 @@ Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python ev
 """
 
 import copy
-import inspect
 import math
 import sys
 import time
@@ -178,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     advice = f"lower --batch-size {args.batch_size} or --image-size {args.image_size}"
     with utils.explained_exit(what_is_safe, advice):
         first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
-        while first + len(history) <= args.epochs and not run.stopping.should_stop:
+        while first + len(history) <= args.epochs and not should_stop(history, args):
             epoch = first + len(history)
             row, start = {"epoch": epoch}, time.perf_counter()
             if epoch == 0:
@@ -187,42 +186,13 @@ def main(argv: list[str] | None = None) -> None:
                 row |= train_one_epoch(run, train_loader, epoch, args)
             row |= validate(run, val_loader, val_labels)
             row["seconds"] = time.perf_counter() - start
-            is_best = finish_epoch(run, row, args)
+            is_best = finish_epoch(run, [*history, row], args)
             utils.save_run(folder, metadata, run.parts(), [*history, row], is_best)
             history.append(row)
             utils.say("epoch", epoch_line(row, args.epochs) + ("  best" if is_best else ""))
 
-    report(args, run.stopping, history)
+    report(args, history)
     utils.disconnect()
-
-
-class EarlyStopping:
-    """Tracks the best epoch, and whether `patience` epochs have passed without improvement."""
-
-    def __init__(self, patience: int, mode: str) -> None:
-        """mode: "min" or "max", as in ReduceLROnPlateau."""
-        self.patience, self.mode = patience, mode
-        self.best, self.best_epoch, self.bad_epochs = None, 0, 0
-
-    def step(self, value: float, epoch: int) -> bool:
-        """Records the figure of an epoch; returns whether it is the best so far."""
-        sign = 1 if self.mode == "min" else -1
-        improved = self.best is None or sign * value < sign * self.best
-        if improved:
-            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
-        else:
-            self.bad_epochs += 1
-        return improved
-
-    @property
-    def should_stop(self) -> bool:
-        return self.bad_epochs >= self.patience
-
-    def state_dict(self) -> dict:
-        return {"best": self.best, "best_epoch": self.best_epoch, "bad_epochs": self.bad_epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.best, self.best_epoch, self.bad_epochs = (state[name] for name in self.state_dict())
 
 
 @dataclass
@@ -233,14 +203,13 @@ class Run:
     network: nn.Module  # the model as it trains: over all processes, compiled; the same weights
     average: nn.Module | None  # with EMA_DECAY, a moving average of the model
     optimizer: Optimizer
-    scheduler: ReduceLROnPlateau  # idle with SCHEDULE = "cosine"
+    scheduler: ReduceLROnPlateau  # with SCHEDULE = "cosine", every step overrides its rate
     scaler: torch.amp.GradScaler  # idle except for fp16
-    stopping: EarlyStopping
     dtype: torch.dtype  # of autocast
 
     def parts(self) -> dict[str, object]:
         """What last.pt must hold, by name; "model" is what is validated and goes into best.pt."""
-        names = ("model", "optimizer", "scheduler", "scaler", "stopping")
+        names = ("model", "optimizer", "scheduler", "scaler")
         parts = {name: getattr(self, name) for name in names}
         if self.average is not None:
             parts |= {"model": self.average, "trained_model": self.model}
@@ -248,7 +217,7 @@ class Run:
 
 
 def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
-    """The optimizer, schedule and early stopping for a model that is on its device already."""
+    """The optimizer and its schedule for a model that is on its device already."""
     device = next(model.parameters()).device
     optimizer = SGD(
         model.parameters(),
@@ -262,30 +231,25 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     mode = {"loss": "min", "accuracy": "max"}[args.watch]
-    # threshold 0: the scheduler sees an improvement exactly when early stopping does
+    # threshold 0: it sees an improvement exactly when best_epoch() does
     scheduler = ReduceLROnPlateau(
         optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    stopping = EarlyStopping(args.early_stopping_patience, mode)
     network = wrap_network(model, args.compile)
     average = copy.deepcopy(model) if args.ema_decay else None
     dtype = utils.DTYPES[precision]
-    return Run(model, network, average, optimizer, scheduler, scaler, stopping, dtype)
+    return Run(model, network, average, optimizer, scheduler, scaler, dtype)
 
 
 def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
     """The model over all processes, compiled if asked for.
 
-    Batch norm keeps its statistics per process; validate() broadcasts those of the first.
+    Batch norm normalizes per process; its running statistics are those of the first process.
     """
     network = model
     if dist.is_initialized():
-        utils.broadcast(model.buffers())  # older versions of DDP leave them out without syncing
-        options = inspect.signature(DistributedDataParallel).parameters
-        renamed = "forward_sync_buffers" in options  # in newer torch, such as 2.14
-        no_sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True, **no_sync)
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     if compile_it and utils.can_compile(next(model.parameters()).device):
         network = torch.compile(network)
     return network
@@ -408,17 +372,30 @@ def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, flo
     return {"val_loss": loss, "val_accuracy": accuracy}
 
 
-def finish_epoch(run: Run, row: dict[str, float], args: Namespace) -> bool:
-    """Steps the schedule and early stopping; returns whether this is the best epoch so far.
+def finish_epoch(run: Run, history: list[dict], args: Namespace) -> bool:
+    """Steps the schedule after the last epoch of the history; returns whether that is the best.
 
-    Raises FloatingPointError if the validation loss is not finite.
+    Raises FloatingPointError if its validation loss is not finite.
     """
+    row = history[-1]
     require_finite(row["val_loss"], "validation", f"epoch {row['epoch']}", run)
-    watched = row[f"val_{args.watch}"]
-    if args.schedule == "plateau":
-        run.scheduler.patience = args.scheduler_patience  # may have changed on resume
-        run.scheduler.step(watched)
-    return run.stopping.step(watched, row["epoch"])
+    run.scheduler.patience = args.scheduler_patience  # may have changed on resume
+    run.scheduler.step(row[f"val_{args.watch}"])
+    return best_epoch(history, args.watch) is row
+
+
+def best_epoch(history: list[dict], watch: str) -> dict:
+    """The best epoch's row of figures; among equals, the first."""
+    sign = 1 if watch == "accuracy" else -1
+    return max(history, key=lambda row: sign * row[f"val_{watch}"])
+
+
+def should_stop(history: list[dict], args: Namespace) -> bool:
+    """Early stopping: whether too many epochs have passed since the best one."""
+    if not history:
+        return False
+    bad_epochs = history[-1]["epoch"] - best_epoch(history, args.watch)["epoch"]
+    return bad_epochs >= args.early_stopping_patience
 
 
 def require_finite(loss: float, kind: str, place: str, run: Run) -> None:
@@ -446,8 +423,7 @@ def make_loaders(
         raise utils.UserError(
             f"--holdout-per-class {args.holdout_per_class} leaves no training images of a class"
         )
-    step = 2 if args.mixup or args.cutmix else 1  # images that each process trains on together
-    if min(sizes[0] // step, sizes[1]) < processes.world_size:
+    if min(sizes[0] // 2, sizes[1]) < processes.world_size:  # each trains on pairs of images
         raise utils.UserError(
             f"{sizes[0]} training and {sizes[1]} validation images are too few for "
             f"{processes.world_size} processes; see --holdout-per-class, --train-per-class"
@@ -522,13 +498,14 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def report(args: Namespace, stopping: EarlyStopping, history: list[dict]) -> None:
+def report(args: Namespace, history: list[dict]) -> None:
     """Prints why the run ended, its best epoch, and the next command."""
-    if stopping.should_stop:
-        utils.say("stopped", f"no better validation {args.watch} in {stopping.bad_epochs} epochs")
+    best = best_epoch(history, args.watch)
+    if should_stop(history, args):
+        bad_epochs = history[-1]["epoch"] - best["epoch"]
+        utils.say("stopped", f"no better validation {args.watch} in {bad_epochs} epochs")
     else:
         utils.say("finished", f"all {args.epochs} epochs" if args.epochs else "the head alone")
-    best = history[stopping.best_epoch - history[0]["epoch"]]
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")

@@ -53,10 +53,11 @@ def refuse_flag(name: str, value: object, expected: str) -> NoReturn:
 def read_constants(script: str) -> dict[str, tuple[object, str]]:
     """The value and the comment of every ALL_CAPS literal of a script. Raises UserError."""
     constants, source = {}, Path(script).read_text(encoding="utf-8")
+    lines = source.splitlines()
     for node in ast.parse(source).body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             continue
-        name, rest = node.targets[0].id, source.splitlines()[node.end_lineno - 1]
+        name, rest = node.targets[0].id, lines[node.end_lineno - 1]
         if name.isupper():
             try:
                 value = ast.literal_eval(node.value)

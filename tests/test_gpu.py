@@ -28,8 +28,7 @@ import train
 
 def train_one_epoch(argv: list[str]) -> None:
     """A run that ends after epoch 1, as if it were interrupted."""
-    after_epoch_1 = property(lambda stopping: stopping.best_epoch + stopping.bad_epochs >= 1)
-    with patch("train.EarlyStopping.should_stop", after_epoch_1):
+    with patch("train.should_stop", lambda history, args: any(row["epoch"] for row in history)):
         train.main(argv)
 
 

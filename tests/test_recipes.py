@@ -244,7 +244,7 @@ def test_mixing_equals_torchvision_on_batches_of_two(kind, monkeypatch):
     weight = weight.repeat_interleave(2)
     parameters = {"box_columns": box[:, [0, 2]], "box_rows": box[:, [1, 3]]}
     parameters["pixel_weight"] = weight if kind == "MixUp" else torch.ones(20)
-    mixed = data.augment(images, parameters, 0, []), data.mix_labels(labels, weight, 10)
+    mixed = data.mix_images(images.float() / 255, parameters), data.mix_labels(labels, weight, 10)
     for ours, reference in zip(mixed, expected):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-6)
 
@@ -326,12 +326,16 @@ def test_cosine_rates_by_hand():
 
 def test_early_stopping_applies_to_a_cosine_but_no_drop_of_the_rate():
     patience = {"early_stopping_patience": 2, "scheduler_patience": 0}
-    args, run, _ = linear_run(nn.Linear(6, 3), schedule="cosine", epochs=9, **patience)
-    stops = []
+    args, run, loader = linear_run(nn.Linear(6, 3), schedule="cosine", epochs=9, **patience)
+    history, stops = [], []
     for epoch, loss in enumerate([3.0, 2.0, 2.5, 2.0], start=1):
-        train.finish_epoch(run, {"epoch": epoch, "val_loss": loss}, args)
-        stops.append(run.stopping.should_stop)
-    assert stops == [False, False, False, True] and run.optimizer.param_groups[0]["lr"] == 0.01
+        history.append(train.train_one_epoch(run, loader, epoch, args))
+        history[-1] |= {"epoch": epoch, "val_loss": loss}
+        train.finish_epoch(run, history, args)
+        stops.append(train.should_stop(history, args))
+    assert stops == [False, False, False, True]
+    expected = [0.01 * (1 + math.cos(math.pi * (epoch + 0.5) / 9)) / 2 for epoch in range(4)]
+    assert [row["learning_rate"] for row in history] == pytest.approx(expected)
 
 
 def test_average_follows_the_recursion_by_hand():

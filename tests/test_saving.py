@@ -38,7 +38,6 @@ def train_epoch(run: train.Run, history: list[dict]) -> None:
     run.optimizer.step()
     history.append({"epoch": len(history) + 1, "val_loss": 1 / (len(history) + 1)})
     run.scheduler.step(history[-1]["val_loss"])
-    run.stopping.step(history[-1]["val_loss"], len(history))
 
 
 class Saves:
@@ -93,7 +92,8 @@ class Saves:
 
         run, history = make_run(), [*last["history"]]
         utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best["classes"])
-        assert best["epoch"] >= run.stopping.best_epoch, "best.pt is older than last.pt's best"
+        best_epoch = train.best_epoch(history, "loss")["epoch"]
+        assert best["epoch"] >= best_epoch, "best.pt is older than last.pt's best"
         if len(history) == 1:
             train_epoch(run, history)
         assert_same(run.model.state_dict(), self.run.model.state_dict())

@@ -103,8 +103,9 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(four_epochs, finished_r
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "last.pt").hardlink_to(finished_run / "demo" / "last.pt")
     broken_off = load(tmp_path / "demo" / "last.pt")
-    # Both counters are under way where the run is cut, so that forgetting them would show.
-    assert broken_off["stopping"]["bad_epochs"] == broken_off["scheduler"]["num_bad_epochs"] == 1
+    # The scheduler's counter is under way where the run is cut, so that forgetting it would show.
+    first, second = (row["val_loss"] for row in broken_off["history"])
+    assert first < second and broken_off["scheduler"]["num_bad_epochs"] == 1
     script = train_tiny(tmp_path, "--epochs", "4", "--resume")
     assert script.status == 0, script.stderr
     assert "resume   demo/last.pt, after epoch 2" in script.stdout
@@ -215,12 +216,15 @@ def test_older_checkpoint_is_evaluated(older_run, tmp_path, capsys):
 
 
 def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
-    run = train.make_run(settings(), torch.nn.Linear(2, 2), "fp32")
+    args, history = settings(), []
+    run = train.make_run(args, torch.nn.Linear(2, 2), "fp32")
     for epoch, loss in enumerate([2.0, 1.9999999, 1.9999999, 2.5, 1.9, 3, 3], start=1):
+        history.append({"epoch": epoch, "val_loss": loss})
+        run.scheduler.patience = 99
         run.scheduler.step(loss)
-        run.stopping.step(loss, epoch)
-        assert run.scheduler.num_bad_epochs == run.stopping.bad_epochs
-        assert run.scheduler.best == run.stopping.best
+        best = train.best_epoch(history, "loss")
+        assert run.scheduler.num_bad_epochs == epoch - best["epoch"]
+        assert run.scheduler.best == best["val_loss"]
 
 
 def test_step_that_fp16_skips_leaves_the_momentum_alone():

@@ -1,6 +1,7 @@
 """Flags, early stopping, precision: what needs no training."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -164,17 +165,29 @@ def test_range_message_says_found_and_expected(flag, capsys):
 
 
 def test_early_stopping_counts_epochs_without_a_better_one():
-    stopping = train.EarlyStopping(patience=3, mode="min")
     losses = [3.0, 2.0, 2.0, 2.5, 1.9, 1.9, 2.0, 5.0]
-    better = [stopping.step(loss, epoch) for epoch, loss in enumerate(losses, start=1)]
-    assert better == [True, True, False, False, True, False, False, False]
-    assert (stopping.best, stopping.best_epoch, stopping.should_stop) == (1.9, 5, True)
+    assert best_epochs("loss", losses) == [1, 2, 2, 2, 5, 5, 5, 5]
+    assert stops("loss", losses, patience=3) == [False] * 7 + [True]
+    assert not train.should_stop([], Namespace(watch="loss", early_stopping_patience=1))
 
 
 def test_early_stopping_can_watch_what_should_rise():
-    stopping = train.EarlyStopping(patience=1, mode="max")
-    assert stopping.step(0.5, 1) and stopping.step(0.6, 2) and not stopping.should_stop
-    assert not stopping.step(0.6, 3) and stopping.should_stop
+    assert best_epochs("accuracy", [0.5, 0.6, 0.6]) == [1, 2, 2]
+    assert stops("accuracy", [0.5, 0.6, 0.6], patience=1) == [False, False, True]
+
+
+def histories(watch: str, values: list[float]) -> list[list[dict]]:
+    rows = [{"epoch": epoch, f"val_{watch}": x} for epoch, x in enumerate(values, start=1)]
+    return [rows[:count] for count in range(1, len(rows) + 1)]
+
+
+def best_epochs(watch: str, values: list[float]) -> list[int]:
+    return [train.best_epoch(history, watch)["epoch"] for history in histories(watch, values)]
+
+
+def stops(watch: str, values: list[float], patience: int) -> list[bool]:
+    args = Namespace(watch=watch, early_stopping_patience=patience)
+    return [train.should_stop(history, args) for history in histories(watch, values)]
 
 
 def test_seeds_that_add_up_to_the_same_differ():
