@@ -415,8 +415,8 @@ class TrainLoader:
 
     With mixup or CutMix, labels are class probabilities float32 (B, num_classes). The batch size is
     global: with several processes, each gets its slice, B = batch_size / world_size, of the same
-    permutation with the same augmentation. The last, incomplete batch is dropped; a batch is never
-    larger than the data.
+    permutation with the same augmentation. The last, incomplete batch is dropped; if the data are
+    fewer than a batch, they are one, of whole pairs of images per process.
     """
 
     unit = "epoch"  # what one pass is called

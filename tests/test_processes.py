@@ -1,6 +1,5 @@
-"""Several processes are one run: torchrun on gloo, held to a single process."""
+"""Several processes are one run: torchrun on gloo, beside one process alone."""
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from scripts import ROOT, TINY, run_script
 from test_train import load
 
@@ -20,69 +18,12 @@ from test_train import load
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
 TORCHRUN = [*LAUNCHER, "--standalone"]
 NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
+NO_NAMES = NO_NAMES if sys.platform == "linux" else {}
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    names = NO_NAMES if sys.platform == "linux" else {}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | names, **pipes)
-
-
-# 20 steps of train_one_epoch() in float64 on a small ResNet, with batch norm in eval mode and no
-# dropout: what else differs between one process and two is a mistake.
-WORKER = """
-import json, sys
-import torch, torchvision
-import data, train, utils
-from scripts import AUGMENTATION, settings
-
-class SameEverywhere(torch.nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-    def train(self, mode=True):
-        return super().train(False)
-    def forward(self, images):
-        return self.network(images.double())
-
-processes = utils.this_process()
-rank, world_size = processes.rank, processes.world_size
-utils.connect(processes, torch.device("cpu"))
-args = settings(batch_size=4, learning_rate=0.001, **AUGMENTATION)
-images, test, _ = data.read_digits()
-loader = data.TrainLoader(images.select(slice(80)), args, rank, world_size)
-test = test.select(slice(rank, 31, world_size))
-torch.manual_seed(0)
-network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 10)
-run = train.make_run(args, SameEverywhere(network.double()), "fp32")
-row = train.train_one_epoch(run, loader, 1, args)
-val = train.validate(run, data.EvalLoader(test.images, 8 // world_size, 32), test.labels)
-if rank == 0:
-    print(json.dumps({"steps": len(loader), "world": world_size, **row, **val}))
-    torch.save(run.model.network.state_dict(), sys.argv[1])
-utils.disconnect()
-"""
-
-
-def test_two_processes_and_one_give_the_same_losses_and_weights_in_float64(tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    figures = []
-    alone = [sys.executable, "worker.py", "1.pt"]
-    two = [*TORCHRUN, "--nproc-per-node", "2", "worker.py", "2.pt"]
-    for command in (alone, two):
-        process = start(command, cwd=tmp_path)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        figures.append(json.loads(re.search(r"{.*}", out).group()))
-    one, two = figures
-    assert (one["steps"], one["world"], two["steps"], two["world"]) == (20, 1, 20, 2)
-    for name in ("train_loss", "val_loss"):
-        assert two[name] == pytest.approx(one[name], abs=1e-9)
-    for name in ("train_accuracy", "val_accuracy"):
-        assert two[name] == one[name]
-    weights, others = load(tmp_path / "1.pt"), load(tmp_path / "2.pt")
-    for name, tensor in weights.items():
-        torch.testing.assert_close(others[name], tensor, rtol=0, atol=1e-9)
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | NO_NAMES, **pipes)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import share_folder
 from scipy import stats
 from scripts import AUGMENTATION, TINY, Script, run_script, settings
+from test_processes import NO_NAMES
 from test_train import assert_same, load
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet, resnet18
@@ -372,25 +373,18 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics_while_its_weights_train
         assert torch.equal(x, before[name]) == (frozen and is_statistic), name
 
 
-class OlderDDP(train.DistributedDataParallel):
-    """As before torch 2.14: broadcast_buffers=False is also for its start."""
-
-    def __init__(self, network, gradient_as_bucket_view, broadcast_buffers):
-        options = {"broadcast_buffers": broadcast_buffers}
-        super().__init__(network, gradient_as_bucket_view=gradient_as_bucket_view, **options)
-
-
-def be_one_of_two(rank: int, port: int, older: bool) -> None:
+def be_one_of_two(rank: int, port: int) -> None:
     """What torchrun sets."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}
     names |= {"TORCHELASTIC_RUN_ID": "run1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    if older:
-        train.DistributedDataParallel = OlderDDP
+    os.environ |= {name: str(value) for name, value in names.items()} | NO_NAMES
 
 
 def work(path: Path) -> None:
-    """Trains with all recipes, as one process of one or two; the first writes what it got."""
+    """Trains with all recipes, as one process of one or two; the first writes what it got.
+
+    Batch norm is frozen and there is no dropout: whatever else differs is a mistake.
+    """
     processes = utils.this_process()
     utils.connect(processes, torch.device("cpu"))
     rank, world_size = processes.rank, processes.world_size
@@ -406,12 +400,11 @@ def work(path: Path) -> None:
     utils.disconnect()
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_two_processes_equal_one_with_all_recipes_in_float64(older, tmp_path):
+def test_two_processes_equal_one_with_all_recipes_in_float64(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    roles = [functools.partial(be_one_of_two, rank, port, older) for rank in (0, 1)]
+    roles = [functools.partial(be_one_of_two, rank, port) for rank in (0, 1)]
     scripts = [Script(__file__, "2.pt", cwd=tmp_path, prepare=role) for role in roles]
     work(tmp_path / "1.pt")
     assert [script.wait() for script in scripts] == [0, 0], scripts[1].stderr
