@@ -1,29 +1,34 @@
-"""CIFAR-100 on the training device: read once, then augmented there, batch by batch.
+"""Images on the training device: read once, then augmented there, batch by batch.
 
-The images (uint8, 154 MB for training) are kept on the device. A training batch is a list of
+The images (uint8, 154 MB for CIFAR-100) are kept on the device. A training batch is a list of
 indices into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once,
-at 32 x 32, with parameters drawn per image. Normalization is linear, so it can come before the
-resize, which is then the only operation at full size.
+at the stored size (32 x 32 for CIFAR-100), with parameters drawn per image. Normalization is
+linear, so it can come before the resize, which is then the only operation at full size.
 
 Every operation equals that of torchvision.transforms.v2.functional on a single float image;
 tests/test_data.py compares them.
 """
 
 import math
+import os
 import socket
+import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
+from tqdm import tqdm
 
 # Tried in this order: a byte-identical mirror, then the official host, which since June 2026 serves
 # about 60 kB/s. torchvision's md5 of the archive is enforced, so a mirror need not be trusted.
@@ -65,8 +70,11 @@ SUPERCLASSES = {
 CLASSES = sorted(sum(SUPERCLASSES.values(), ()))  # label i means CLASSES[i]
 
 
+BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
+
+
 class Split(NamedTuple):
-    """Images uint8 (N, 3, 32, 32) with their labels int64 (N,)."""
+    """Images uint8 (N, 3, S, S), S pixels per side as stored, with their labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -85,21 +93,45 @@ class DataError(SystemExit):
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_dataset(name: str, data_dir: str) -> tuple[Split, Split, list[str]]:
-    """Training and test images and the class names of "cifar100" or "digits", on the CPU."""
-    return read_cifar100(data_dir) if name == "cifar100" else read_digits()
+def read_split(
+    settings: Namespace,
+    part: str,
+    device: torch.device,
+    classes: Sequence[str] = (),
+    quiet: bool = False,
+) -> tuple[Split, list[str]]:
+    """The images and labels of one part, "train" or "test", on the CPU, and the class names.
+
+    settings: dataset, data_dir and stored_size, as in train.py. The rest is for a folder: the
+    device that must have room for its pictures, the classes it is limited to, and whether to leave
+    out the progress bar and the names of skipped pictures. Raises DataError.
+    """
+    if settings.dataset == "cifar100":
+        return read_cifar100(settings.data_dir, part)
+    if settings.dataset == "digits":
+        return read_digits(part)
+    folder = Path(settings.dataset, {"train": "train", "test": "val"}[part])
+    return read_folder(folder, settings.stored_size or 32, device, classes, quiet)
 
 
-def read_cifar100(data_dir: str) -> tuple[Split, Split, list[str]]:
-    """CIFAR-100 from DATA_DIR/cifar-100-python: 50,000 and 10,000 images. Raises DataError."""
+def has_test_images(dataset: str) -> bool:
+    """Whether there are other images than those to train on: a folder may lack its val/."""
+    return dataset in BUILT_IN or Path(dataset, "val").is_dir()
+
+
+def name_test_images(dataset: str) -> str:
+    """What messages call them."""
+    return "the test images" if dataset in BUILT_IN else f"{Path(dataset, 'val')}"
+
+
+def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
+    """CIFAR-100 from DATA_DIR/cifar-100-python: 50,000 or 10,000 images. Raises DataError."""
     if not all(path.exists() for path, _ in _cifar100_files(data_dir)):
         raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
     _refuse_damaged_files(data_dir)  # torchvision checks too, but does not name the file
-    train, test = (
-        Split(torch.from_numpy(split.data).permute(0, 3, 1, 2), torch.tensor(split.targets))
-        for split in (CIFAR100(data_dir, train=True), CIFAR100(data_dir, train=False))
-    )
-    return train, test, CLASSES
+    official = CIFAR100(data_dir, train=part == "train")
+    images = torch.from_numpy(official.data).permute(0, 3, 1, 2)
+    return Split(images, torch.tensor(official.targets)), CLASSES
 
 
 def fetch_cifar100(data_dir: str) -> None:
@@ -165,7 +197,7 @@ def _refuse_damaged_files(data_dir: str) -> None:
             )
 
 
-def read_digits() -> tuple[Split, Split, list[str]]:
+def read_digits(part: str) -> tuple[Split, list[str]]:
     """scikit-learn's 1,797 scanned 8 x 8 digits, enlarged to RGB 32 x 32; a fifth is for testing."""
     from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
     from sklearn.model_selection import train_test_split
@@ -177,8 +209,89 @@ def read_digits() -> tuple[Split, Split, list[str]]:
     train, test = train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=scans.target, random_state=0
     )
-    digits = Split(images, labels)
-    return digits.select(train), digits.select(test), list("0123456789")
+    indices = torch.from_numpy(train if part == "train" else test)
+    return Split(images, labels).select(indices), list("0123456789")
+
+
+def read_folder(
+    folder: Path, size: int, device: torch.device, classes: Sequence[str] = (), quiet: bool = False
+) -> tuple[Split, list[str]]:
+    """The pictures in a folder's sub-folders, one per class, at size pixels per side.
+
+    Pictures that cannot be decoded are named on stderr and skipped. Raises DataError if there is
+    not enough memory, if no picture is left, or if a sub-folder is not one of the classes given.
+    """
+    try:
+        layout = ImageFolder(folder, allow_empty=bool(classes))
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {error.strerror or error}\n"
+            'Expected one sub-folder of pictures per class. The data set is "cifar100", "digits" or '
+            "a folder with train/ and val/"
+        ) from error
+    classes = list(classes or layout.classes)
+    for name in layout.classes:
+        if name not in classes:
+            raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
+    _require_memory(folder, len(layout) * 3 * size**2, device)
+    images = torch.empty(len(layout), 3, size, size, dtype=torch.uint8)
+
+    def read(index: int) -> Exception | None:
+        try:
+            images[index] = read_picture(layout.samples[index][0], size)
+        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
+            return error
+
+    with ThreadPool(os.cpu_count()) as threads:  # Pillow lets threads decode at the same time
+        results = threads.imap(read, range(len(layout)))
+        off = quiet or None  # None: on if this is a terminal
+        errors = list(tqdm(results, "read", len(layout), unit="picture", leave=False, disable=off))
+    if not quiet:
+        for (path, _), error in zip(layout.samples, errors):
+            if error:
+                print(f"skipped  {path}: {error}", file=sys.stderr)
+    numbers = torch.tensor([classes.index(name) for name in layout.classes])
+    split = Split(images, numbers[torch.tensor(layout.targets, dtype=torch.long)])
+    if any(errors):
+        split = split.select(torch.tensor([error is None for error in errors]))
+    if len(classes) < 2 or not len(split.labels):
+        raise DataError(
+            f"{folder}: {len(split.labels)} pictures of {len(classes)} classes can be used. "
+            "Expected pictures of at least 2 classes"
+        )
+    return split, classes
+
+
+def _require_memory(folder: Path, size: int, device: torch.device) -> None:
+    """Raises DataError if images of so many bytes do not fit the device, or twice the host."""
+    for place, needed in ((torch.device("cpu"), 2 * size), (device, size)):  # splitting copies
+        free = free_memory(place)
+        if needed > free:
+            raise DataError(
+                f"The pictures in {folder} need {needed / 1e9:.3g} GB of memory, but only "
+                f"{free / 1e9:.3g} GB are free ({place.type}). Lower --stored-size"
+            )
+
+
+def free_memory(device: torch.device) -> float:
+    """Free bytes on a GPU, else of the machine; infinite where that cannot be found out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        entries = Path("/proc/meminfo").read_text().split("MemAvailable:")
+        return 1024 * int(entries[1].split()[0])
+    except (OSError, IndexError):  # not Linux
+        return math.inf
+
+
+def read_picture(path: str | Path, size: int) -> Tensor:
+    """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized."""
+    with Image.open(path) as image:
+        image.draft(None, (2 * size, 2 * size))  # a JPEG much larger is decoded at a reduced scale
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits per pixel, which convert("RGB") would clip
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
 
 
 def split_per_class(
@@ -403,11 +516,11 @@ class NormalizeAndResize:
 
     def __call__(self, images: Tensor) -> Tensor:
         images = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        if images.shape[-1] == self.image_size:
+        stored_size, size = images.shape[-1], self.image_size
+        if stored_size == size:
             return images
-        return F.interpolate(
-            images, (self.image_size, self.image_size), mode="bilinear", align_corners=False
-        )
+        options = {"mode": "bilinear", "antialias": stored_size > size}
+        return F.interpolate(images, (size, size), **options)
 
 
 class TrainLoader:
@@ -489,7 +602,7 @@ class EvalLoader:
     """Batches of images for evaluation, resized and normalized only, in order, each image once."""
 
     def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:
-        """images: uint8 (N, 3, 32, 32)."""
+        """images: uint8 (N, 3, S, S)."""
         self.images, self.batch_size = images, batch_size
         self.normalize_and_resize = NormalizeAndResize(image_size, images.device)
 

@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint on the official test images: how good it is, and where it goes wrong.
+"""Evaluates a checkpoint on the test images: how good it is, and where it goes wrong.
 
     python evaluate.py                              checkpoints/best.pt
     python evaluate.py --checkpoint checkpoints/demo/best.pt
@@ -9,9 +9,9 @@
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
-index counts from 0 in the official test file, label and predicted are class numbers, and confidence
-is the softmax of the predicted class. Rows of a confusion matrix are true classes, columns are
-predicted classes.
+index counts from 0 in the official test file, or in a folder's pictures by class and name, without
+those that were skipped; label and predicted are class numbers, and confidence is the softmax of the
+predicted class. Rows of a confusion matrix are true classes, columns are predicted classes.
 """
 
 import csv
@@ -34,7 +34,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
-from PIL import Image, ImageOps
 from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor
@@ -45,6 +44,7 @@ import utils
 
 CHECKPOINT = "checkpoints/best.pt"  # file written by train.py
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
+DATASET = ""  # another folder of pictures, such as the one trained on if it has moved; "" for none
 RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # auto, cuda, mps or cpu
 TTA = False  # average the logits over each image and its mirror image: twice the time
@@ -70,10 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         picture = classify_pictures(classifier, args, folder)
     else:
-        test = read_test_images(classifier, args)
+        test, selected = read_test_images(classifier, args)
         other = read_results(args, classifier, test.labels.numpy()) if args.compare else None
         result = Result(test, classifier.predict(test.images), classifier.classes)
-        summary = summarize(result, classifier)
+        summary = summarize(result, classifier, selected)
         print_numbers(result, summary)
         if other:
             summary["comparison"] = compare(result, summary, other)
@@ -111,7 +111,7 @@ class Classifier:
         utils.say("model", f"{self.path}, epoch {self.checkpoint['epoch']}")
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (views, N, num_classes) of images uint8 (N, 3, 32, 32); with --tta, 2 views."""
+        """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
         views = [images, images.flip(3)] if self.tta else [images]
         loaders = [data.EvalLoader(view.to(self.device), *self.sizes) for view in views]
         progress = utils.on_terminal()
@@ -144,25 +144,36 @@ class Result:
         return indices[np.argsort(-self.confidence[indices], kind="stable")][:count]
 
 
-def read_test_images(classifier: Classifier, args: Namespace) -> data.Split:
-    """The official test images, which are downloaded if missing."""
-    dataset = classifier.checkpoint["dataset"]
-    if dataset == "cifar100":
+def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, bool]:
+    """The images to evaluate on, and whether they selected the checkpoint.
+
+    These are the official test images, downloaded if missing, or a folder's val/; of a folder
+    without val/, the images that were held out from its train/.
+    """
+    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
+    settings.dataset = args.dataset or settings.dataset
+    if settings.dataset == "cifar100":
         data.fetch_cifar100(args.data_dir)
-    _, test, _ = data.read_dataset(dataset, args.data_dir)
-    utils.say("data", f"{dataset}: {len(test.labels):,} test images")
-    if classifier.constants["holdout_per_class"]:
-        utils.say("note", "these images were used neither to train nor to select the checkpoint")
-    else:
+    selected, part, kind = not settings.holdout_per_class, "test", "test images"
+    if settings.holdout_per_class and not data.has_test_images(settings.dataset):
+        selected, part, kind = True, "train", "hold-out images, because there is no val/"
+    test, _ = data.read_split(settings, part, classifier.device, classifier.classes)
+    if part == "train":
+        _, holdout = data.split_per_class(test.labels, settings.holdout_per_class)
+        test = test.select(holdout)
+    utils.say("data", f"{settings.dataset}: {len(test.labels):,} {kind}")
+    if selected:
         utils.say("note", "the checkpoint was selected on these images: the numbers are optimistic")
-    return test
+    else:
+        utils.say("note", "these images were used neither to train nor to select the checkpoint")
+    return test, selected
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def summarize(result: Result, classifier: Classifier) -> dict:
-    """What metrics.json holds."""
+def summarize(result: Result, classifier: Classifier, selected: bool) -> dict:
+    """What metrics.json holds; selected: whether these images selected the checkpoint."""
     checkpoint, count = classifier.checkpoint, len(result.labels)
     summary = score(result.views.mean(0), result.labels) | {
         "macro_f1": result.report["macro avg"]["f1-score"],
@@ -170,7 +181,7 @@ def summarize(result: Result, classifier: Classifier) -> dict:
         "intervals_95": bootstrap_intervals(result.matrix),
         "most_confused": result.pairs[:10],
         "images": count,
-        "test_images_chose_checkpoint": classifier.constants["holdout_per_class"] == 0,
+        "test_images_chose_checkpoint": selected,
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
         **{name: checkpoint[name] for name in ("epoch", "dataset", "precision", "constants")},
@@ -184,14 +195,17 @@ def summarize(result: Result, classifier: Classifier) -> dict:
 
 
 def score(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 accuracy of logits (N, num_classes)."""
+    """Mean cross-entropy and top-1 accuracy of logits (N, num_classes); top-5 of 6 or more."""
     loss_sum = F.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-    numbers = range(logits.shape[1])
-    return {
+    scores = {
         "loss": loss_sum.item() / len(labels),
         "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1)),
-        "top5_accuracy": metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers),
     }
+    numbers = range(logits.shape[1])
+    if len(numbers) > 5:
+        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers)
+        scores["top5_accuracy"] = top5
+    return scores
 
 
 def report_classes(result: Result) -> tuple[str, dict]:
@@ -539,13 +553,15 @@ def draw_mistakes(result: Result) -> Figure:
 def draw_pairs(result: Result) -> Figure:
     """A row per confused pair: three images of each class, and between them those taken for the other."""
     names, strips, captions = result.classes, [], []
+    size = result.images.shape[-1]
+    gap = size // 16
     for pair in result.pairs[:8]:
         a, b = names.index(pair["true"]), names.index(pair["taken_for"])
         for label, predicted in (a, a), (a, b), (b, a), (b, b):
             mask = (result.labels == label) & (result.predicted == predicted)
-            strip = torch.full((3, 32, 3 * 34), 255, dtype=torch.uint8)
+            strip = torch.full((3, size, 3 * (size + gap)), 255, dtype=torch.uint8)
             for place, image in enumerate(result.images[result.most_confident(mask, 3)]):
-                strip[:, :, 34 * place : 34 * place + 32] = image
+                strip[:, :, place * (size + gap) :][:, :, :size] = image
             strips.append(strip)
             mistake = f"taken for {names[predicted]}" if label != predicted else "recognised"
             captions.append(f"{names[label]} {mistake}: {mask.sum()}")
@@ -694,7 +710,7 @@ def open_window(path: Path) -> None:
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Prints and writes the five most likely classes of the user's pictures, draws the first 24."""
-    files, images = read_pictures(args.images)
+    files, images = read_pictures(args.images, classifier.constants["stored_size"] or 32)
     probabilities = classifier.predict(images).mean(0).softmax(1)
     titles, rows = [], []
     for file, top5 in zip(files, find_top5(probabilities, classifier.classes)):
@@ -704,7 +720,8 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
         rows.append([file, *chain.from_iterable(top5)])
     picture, table = folder / "predictions.png", folder / "pictures.csv"
     with writing_into(folder):
-        header = [f"{column}_{rank}" for rank in range(1, 6) for column in ("class", "probability")]
+        ranks = range(1, len(rows[0]) // 2 + 1)
+        header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
         write_csv(table, ["file", *header], rows)
         draw_tiles(images[:24], titles[:24], columns=4, width=2.5).savefig(picture, dpi=150)
     seen = f"the first {len(titles[:24])} as the network sees them"
@@ -712,8 +729,8 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     return picture
 
 
-def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
-    """Pictures from files and folders, centre-cropped and reduced: uint8 (N, 3, 32, 32).
+def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
+    """Pictures from files and folders, centre-cropped and resized: uint8 (N, 3, size, size).
 
     Files that are not pictures are named on stderr. Raises UserError if there is no other.
     """
@@ -724,21 +741,18 @@ def read_pictures(paths: list[str]) -> tuple[list[Path], Tensor]:
             if file.is_dir():
                 waiting += sorted(file.iterdir(), reverse=True)
                 continue
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+            images.append(data.read_picture(file, size))
+            files.append(file)
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
             print(f"skipped  {file}: {error}", file=sys.stderr)
-        else:
-            images.append(torch.from_numpy(np.array(ImageOps.fit(upright, (32, 32)))))
-            files.append(file)
     if not files:
         raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
-    return files, torch.stack(images).permute(0, 3, 1, 2)
+    return files, torch.stack(images)
 
 
 def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str, float]]]:
     """The five most likely classes of each image with their probabilities, most likely first."""
-    values, numbers = probabilities.topk(5)
+    values, numbers = probabilities.topk(min(5, len(classes)))
     rows = zip(numbers.tolist(), values.tolist())
     return [[(classes[i], p) for i, p in zip(*row)] for row in rows]
 

@@ -3,6 +3,7 @@
     python train.py               trains; leaves the best epoch in checkpoints/best.pt
     python train.py --resume      continues an interrupted run from checkpoints/last.pt
     python train.py --demo        a minute or two on a CPU, no download: scikit-learn's digits
+    python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
 Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python evaluate.py
@@ -33,6 +34,7 @@ import utils
 # below, so the default of a new constant must leave its feature off.
 
 # Files
+DATASET = "cifar100"  # "cifar100", "digits", or a folder with train/CLASS/ and val/CLASS/ pictures
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 CHECKPOINT_DIR = "checkpoints"  # folder for best.pt, last.pt and history.csv
 WEIGHTS = "IMAGENET1K_V2"  # torchvision name, path of a state_dict file or best.pt, or "" for none
@@ -57,13 +59,14 @@ FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, wi
 SEED = 0  # random seed: head initialization, image order, augmentation, dropout
 
 # Images
-IMAGE_SIZE = 224  # pixels per side that images are resized to, from 32
+STORED_SIZE = 0  # pixels per side at which a folder's pictures are kept; 0: 32, CIFAR-100's size
+IMAGE_SIZE = 224  # pixels per side that the stored images are resized to for the network
 HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0 validates on the test images
 TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all
 
 # Augmentation; 0 leaves an operation out
 FLIP = 0.5  # probability of a horizontal flip
-CROP_PADDING = 4  # black pixels per side around the 32 x 32 image before a random crop
+CROP_PADDING = 4  # black pixels per side around the stored image before a random crop
 BRIGHTNESS = 0.2  # brightness is multiplied by 1 - this to 1 + this
 CONTRAST = 0.2  # contrast is multiplied by 1 - this to 1 + this
 SATURATION = 0.2  # saturation is multiplied by 1 - this to 1 + this
@@ -85,6 +88,7 @@ DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still w
 
 # Valid values: (low, high), a list of choices, or, for a string that must not be empty, its meaning
 ALLOWED = {
+    "DATASET": "cifar100, digits, or the path of a folder",
     "DATA_DIR": "the path of a folder",
     "CHECKPOINT_DIR": "the path of a folder",
     "HEAD_EPOCHS": (0, 100_000),
@@ -103,9 +107,10 @@ ALLOWED = {
     "LABEL_SMOOTHING": (0, 1),
     "EMA_DECAY": (0, 0.999999),
     "SEED": (0, 4_294_967_295),
+    "STORED_SIZE": (0, 1024),
     "IMAGE_SIZE": (32, 1024),
-    "HOLDOUT_PER_CLASS": (0, 499),
-    "TRAIN_PER_CLASS": (0, 500),
+    "HOLDOUT_PER_CLASS": (0, 100_000),
+    "TRAIN_PER_CLASS": (0, 100_000),
     "FLIP": (0, 1),
     "CROP_PADDING": (0, 32),
     "BRIGHTNESS": (0, 100),
@@ -122,6 +127,7 @@ ALLOWED = {
 }
 
 DEMO_SETTINGS = {
+    "DATASET": "digits",
     "CHECKPOINT_DIR": "checkpoints/demo",
     "WEIGHTS": "",
     "EPOCHS": 12,
@@ -150,8 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
 
     # Data, network and optimizer
-    dataset = "digits" if args.demo else "cifar100"
-    train_loader, val_loader, val_labels, classes = make_loaders(dataset, args, processes, device)
+    train_loader, val_loader, val_labels, classes = make_loaders(args, processes, device)
     torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
     with utils.barrier_after_download():
@@ -160,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     describe(run, args, train_loader, val_loader)
 
     # The checkpoint's state, or a new run
-    metadata = {"constants": vars(args), "precision": precision, "dataset": dataset}
+    metadata = {"constants": vars(args), "precision": precision, "dataset": args.dataset}
     metadata |= {"classes": classes, "launcher": processes.launcher}
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
@@ -406,43 +411,70 @@ def require_finite(loss: float, kind: str, place: str, run: Run) -> None:
 
 
 def make_loaders(
-    dataset: str, args: Namespace, processes: utils.Processes, device: torch.device
+    args: Namespace, processes: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, list[str]]:
     """The loaders, on the device; the labels of this process's validation images; class names."""
-    with utils.barrier_after_download():
-        if dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
-            data.fetch_cifar100(args.data_dir)
-    train_split, test_split, classes = data.read_dataset(dataset, args.data_dir)
-    train, holdout = data.split_per_class(
-        train_split.labels, args.holdout_per_class, args.train_per_class
-    )
-    val_split = train_split.select(holdout) if args.holdout_per_class else test_split
-    train_split = train_split.select(train)
+    train_split, val_split, classes = read_splits(args, processes, device)
+    rank, world_size = processes.rank, processes.world_size
     sizes = len(train_split.labels), len(val_split.labels)
-    if len(train_split.labels.unique()) < len(classes):
-        raise utils.UserError(
-            f"--holdout-per-class {args.holdout_per_class} leaves no training images of a class"
-        )
-    if min(sizes[0] // 2, sizes[1]) < processes.world_size:  # each trains on pairs of images
+    if min(sizes[0] // 2, sizes[1]) < world_size:  # each trains on pairs of images
         raise utils.UserError(
             f"{sizes[0]} training and {sizes[1]} validation images are too few for "
-            f"{processes.world_size} processes; see --holdout-per-class, --train-per-class"
+            f"{world_size} processes; see --holdout-per-class, --train-per-class"
         )
     counts = f"{sizes[0]:,} training and {sizes[1]:,} validation images"
-    utils.say("data", f"{dataset}: {counts}, {len(classes)} classes")
+    utils.say("data", f"{args.dataset}: {counts}, {len(classes)} classes")
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
-        utils.say("note", f"best.pt is selected on the test images; {advice}")
-
-    rank, world_size = processes.rank, processes.world_size
+        utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
     train_loader = data.TrainLoader(train_split.to(device), args, rank, world_size)
     val_split = val_split.select(slice(rank, None, world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.batch_size // world_size, args.image_size)
     return train_loader, val_loader, val_split.labels, classes
 
 
+def read_splits(
+    args: Namespace, processes: utils.Processes, device: torch.device
+) -> tuple[data.Split, data.Split, list[str]]:
+    """The images to train on and to validate on, on the CPU, and the class names."""
+    if not (args.holdout_per_class or data.has_test_images(args.dataset)):
+        raise utils.UserError(
+            f"{Path(args.dataset, 'val')} not found. Expected cifar100, digits, or a folder with "
+            "train/ and val/; without val/, --holdout-per-class 50 validates on a part of train/"
+        )
+    with utils.barrier_after_download():
+        if args.dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
+            data.fetch_cifar100(args.data_dir)
+    quiet = processes.rank > 0
+    train_split, classes = data.read_split(args, "train", device, quiet=quiet)
+    counts = train_split.labels.bincount(minlength=len(classes))
+    if counts.min() <= args.holdout_per_class:
+        raise utils.UserError(
+            f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
+            f"than --holdout-per-class {args.holdout_per_class}"
+        )
+    train, holdout = data.split_per_class(
+        train_split.labels, args.holdout_per_class, args.train_per_class
+    )
+    if args.holdout_per_class:
+        val_split = train_split.select(holdout)
+    else:
+        val_split, _ = data.read_split(args, "test", device, classes, quiet)
+    return train_split.select(train), val_split, classes
+
+
 def check_combinations(args: Namespace, world_size: int) -> None:
     """Ends the script with one line and exit status 2 if constants do not go together."""
+    if args.dataset in data.BUILT_IN:
+        if args.stored_size not in (0, 32):
+            utils.refuse_flag("stored_size", args.stored_size, f"0 with {args.dataset}")
+    elif not args.stored_size:
+        expected = "the pixels per side at which to keep your pictures, for example 224"
+        utils.refuse_flag("stored_size", args.stored_size, expected)
+    if args.dataset == "cifar100":
+        for name, most in (("holdout_per_class", 499), ("train_per_class", 500)):
+            if vars(args)[name] > most:
+                utils.refuse_flag(name, vars(args)[name], f"0 to {most} with cifar100")
     if args.batch_size % world_size:
         utils.refuse_flag("batch_size", args.batch_size, f"a multiple of {world_size} processes")
     if args.batch_size == world_size and args.image_size == 32:  # batch norm of one number

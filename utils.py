@@ -310,7 +310,7 @@ CONTENTS = {
     "epoch": int,  # epochs trained
     "constants": dict,  # of the run, overrides applied
     "precision": str,  # a key of DTYPES
-    "dataset": str,  # "cifar100" or "digits"
+    "dataset": str,  # constant DATASET, in a key of its own since before it was one
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher and the state of all else that training changes
@@ -424,7 +424,8 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} cannot be used: {reason.splitlines()[0]}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
-    return checkpoint | {"constants": with_defaults(checkpoint["constants"])}
+    constants = {"dataset": checkpoint["dataset"]} | checkpoint["constants"]
+    return checkpoint | {"constants": with_defaults(constants)}
 
 
 def with_defaults(constants: dict) -> dict:

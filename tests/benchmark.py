@@ -341,7 +341,7 @@ def complete(args: Namespace) -> torch.device:
 def read_images(data_dir: str) -> tuple[data.Split, str]:
     """CIFAR-100's training images if they are there, else as many random ones; and which."""
     try:
-        return data.read_cifar100(data_dir)[0], "CIFAR-100"
+        return data.read_cifar100(data_dir, "train")[0], "CIFAR-100"
     except data.DataError as error:
         pixels = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
         images = data.Split(pixels, torch.arange(len(pixels)) % 100)

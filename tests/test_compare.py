@@ -29,7 +29,7 @@ FILES = ("metrics.json", "predictions.csv")
 @pytest.fixture(scope="module")
 def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
     """Two networks whose last layers scikit-learn fitted to 60 and to 300 digits; in float32."""
-    state, (train, _, classes) = torch.load(finished_run / "demo/best.pt"), data.read_digits()
+    state, (train, classes) = torch.load(finished_run / "demo/best.pt"), data.read_digits("train")
     folder, state["precision"] = tmp_path_factory.mktemp("fitted"), "fp32"
     model = resnet.build_model(len(classes))
     model.load_state_dict(state["model"])
@@ -192,7 +192,7 @@ def test_views_and_hold_out_that_differ_are_noted_and_a_younger_constant_is_off(
     other["constants"] = utils.with_defaults(other["constants"])
     predicted = np.array([int(row["predicted"]) for row in read_predictions(before)])
     logits = torch.eye(10)[torch.from_numpy(predicted)]
-    result = evaluate.Result(data.read_digits()[1], logits[None], list("0123456789"))
+    result = evaluate.Result(data.read_digits("test")[0], logits[None], list("0123456789"))
     other |= {"predicted": predicted, "results_dir": "before"}
     this["comparison"] = evaluate.compare(result, this, other)
     assert this["comparison"]["different_constants"] == {
@@ -322,7 +322,7 @@ def test_files_that_cannot_be_compared_are_one_line(classifier, before, tmp_path
     for name in FILES:
         (tmp_path / name).write_bytes((before / name).read_bytes())
     args = Namespace(compare=str(tmp_path), results_dir=str(tmp_path / "results"))
-    labels = data.read_digits()[1].labels.numpy()
+    labels = data.read_digits("test")[0].labels.numpy()
     assert evaluate.read_results(args, classifier, labels)["dataset"] == "digits"
     spoil(tmp_path)
     with redirect_stderr(StringIO()) as stderr, pytest.raises(utils.UserError, match=reason) as end:
@@ -364,7 +364,7 @@ def test_the_folder_that_is_written_cannot_be_compared_with(checkpoints, before,
 @pytest.fixture
 def photo(tmp_path) -> Path:
     """A test digit as photo.jpg, enlarged to 96 px."""
-    digit = Image.fromarray(data.read_digits()[1].images[3].permute(1, 2, 0).numpy())
+    digit = Image.fromarray(data.read_digits("test")[0].images[3].permute(1, 2, 0).numpy())
     digit.resize((96, 96)).save(tmp_path / "photo.jpg")
     return tmp_path / "photo.jpg"
 

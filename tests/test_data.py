@@ -260,16 +260,16 @@ def test_val_loader_never_shuffles_and_shows_every_image_once():
 
 
 def test_processes_validate_on_every_image_once_with_its_label():
-    shares = []
+    args, shares = settings(dataset="digits", batch_size=60), []
     for rank in range(3):
         place = utils.Processes(rank=rank, world_size=3)
-        _, loader, labels, _ = train.make_loaders("digits", settings(batch_size=60), place, CPU)
+        _, loader, labels, _ = train.make_loaders(args, place, CPU)
         assert loader.batch_size == 20
         shares.append(
             {image.numpy().tobytes(): label for image, label in zip(loader.images, labels)}
         )
         assert len(shares[-1]) == len(labels) == len(loader.images) == 120
-    _, test, _ = data.read_digits()
+    test, _ = data.read_digits("test")
     everything = {image.numpy().tobytes(): label for image, label in zip(*test)}
     assert shares[0] | shares[1] | shares[2] == everything and len(everything) == 360
 
@@ -300,7 +300,9 @@ def test_train_per_class_takes_that_many_and_leaves_the_holdout_alone():
 
 
 def test_official_files_are_read_whole(cifar100_dir):
-    train, test, classes = data.read_cifar100(cifar100_dir)
+    (train, classes), (test, _) = (
+        data.read_cifar100(cifar100_dir, part) for part in ("train", "test")
+    )
     assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
     assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
     assert torch.equal(train.labels.bincount(), torch.full((100,), 500))
@@ -332,7 +334,7 @@ def test_superclass_table_names_100_classes_once():
 
 
 def test_digits_need_no_files_and_split_stratified():
-    train, test, classes = data.read_digits()
+    (train, classes), (test, _) = data.read_digits("train"), data.read_digits("test")
     assert train.images.shape == (1437, 3, 32, 32) and test.images.shape == (360, 3, 32, 32)
     assert train.images.dtype == torch.uint8 and train.images.max() == 255
     assert classes == list("0123456789")

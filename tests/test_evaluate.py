@@ -46,7 +46,10 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained, tmp_path_factory):
     """The same with its last layer fitted by scikit-learn: right and wrong in many ways."""
-    state, (images, labels) = torch.load(trained), data.read_digits()[0].select(torch.arange(300))
+    state, (images, labels) = (
+        torch.load(trained),
+        data.read_digits("train")[0].select(torch.arange(300)),
+    )
     model = resnet.build_model(10)
     model.load_state_dict(state["model"])
     features = []
@@ -200,7 +203,7 @@ def test_numbers_are_those_of_the_training_log(trained, tmp_path):
 
 
 def test_predictions_recompute_top1_and_the_matrix_with_the_official_labels(results):
-    official = data.read_digits()[1].labels.tolist()
+    official = data.read_digits("test")[0].labels.tolist()
     _, *rows = read_csv(results / "predictions.csv")
     assert [int(index) for index, *_ in rows] == list(range(360))
     assert [int(label) for _, label, *_ in rows] == official
@@ -238,7 +241,7 @@ def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(evaluation):
 
 def test_tta_averages_logits_over_image_and_mirror(checkpoint, evaluation):
     folder, output = evaluation
-    state, (_, test, _) = torch.load(checkpoint), data.read_digits()
+    state, (test, _) = torch.load(checkpoint), data.read_digits("test")
     model = resnet.build_model(10).to(memory_format=torch.channels_last)
     model.load_state_dict(state["model"])
     plain, mirrored = (
@@ -291,7 +294,7 @@ def pictures(tmp_path):
     for index, name in enumerate(["digit.png", "inner/deep/digit.png"]):
         path = tmp_path / "folder" / name
         path.parent.mkdir(parents=True)
-        digit = data.read_digits()[1].images[index].permute(1, 2, 0).numpy()
+        digit = data.read_digits("test")[0].images[index].permute(1, 2, 0).numpy()
         Image.fromarray(digit).save(path)
     (tmp_path / "folder" / "notes.txt").write_text("no picture")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
@@ -322,7 +325,7 @@ def test_pictures_are_classified_as_the_evaluation_does(checkpoint, results, pic
 
 def test_no_picture_at_all_is_one_message(pictures):
     with pytest.raises(utils.UserError, match="No picture among .*broken.jpg"):
-        evaluate.read_pictures([str(pictures / "broken.jpg")])
+        evaluate.read_pictures([str(pictures / "broken.jpg")], 32)
 
 
 def test_a_photo_is_cropped_to_its_centre(tmp_path):
@@ -330,7 +333,7 @@ def test_a_photo_is_cropped_to_its_centre(tmp_path):
     for channel in range(3):
         stripes[:, 64 * channel : 64 * (channel + 1), channel] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    _, images = evaluate.read_pictures([str(tmp_path / "stripes.png")])
+    _, images = evaluate.read_pictures([str(tmp_path / "stripes.png")], 32)
     assert images.shape == (1, 3, 32, 32)
     assert images[0].float().mean((1, 2)).tolist() == pytest.approx([0, 255, 0], abs=2)
 

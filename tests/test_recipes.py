@@ -54,7 +54,9 @@ def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed
     network.fc[2].p = 0.0
     randomize_statistics(network)
     network.to(dtype).conv1.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
-    loader = data.TrainLoader(data.read_digits()[0].select(slice(16)), args, rank, world_size)
+    loader = data.TrainLoader(
+        data.read_digits("train")[0].select(slice(16)), args, rank, world_size
+    )
     return args, train.make_run(args, network, "fp32"), loader
 
 
@@ -69,8 +71,13 @@ def linear_run(model: nn.Module, **changed):
 def prepare() -> None:
     """In a script's process: ResNet-18, 60 test images; last-1.pt is last.pt after epoch 1."""
     resnet.ARCHITECTURE, save_run = "resnet18", utils.save_run
-    images, test, classes = data.read_digits()
-    data.read_digits = lambda: (images, test.select(slice(60)), classes)
+    read_digits = data.read_digits
+
+    def read_60_to_test(part: str):
+        digits, classes = read_digits(part)
+        return digits.select(slice(60 if part == "test" else None)), classes
+
+    data.read_digits = read_60_to_test
 
     def save_and_link(folder, metadata, parts, history, is_best=False):
         save_run(folder, metadata, parts, history, is_best)
@@ -271,7 +278,7 @@ def test_mixing_weights_are_distributed_as_beta_and_as_torchvisions():
 def test_partners_never_cross_the_slice_of_a_process():
     """Every image has a label of its own, so that the labels of a pair tell who is in it."""
     args = settings(**AUGMENTATION, mixup=1.0, cutmix=1.0, batch_size=8)
-    split = data.Split(data.read_digits()[0].images[:20], torch.arange(20))
+    split = data.Split(data.read_digits("train")[0].images[:20], torch.arange(20))
     loaders = [data.TrainLoader(split, args, *place) for place in ((0, 1), (0, 2), (1, 2))]
     steps = list(zip(*(loader.epoch(3) for loader in loaders)))
     assert len(steps) == 2
@@ -390,7 +397,7 @@ def work(path: Path) -> None:
     rank, world_size = processes.rank, processes.world_size
     recipes = RECIPES | {"freeze_batch_norm": True, "batch_size": 4, "learning_rate": 0.001}
     args, run, loader = small_run(rank, world_size, **recipes)
-    test = data.read_digits()[1].select(slice(rank, 31, world_size))
+    test = data.read_digits("test")[0].select(slice(rank, 31, world_size))
     rows = [train.train_head(run, loader, args)]
     rows += [train.train_one_epoch(run, loader, epoch, args) for epoch in (1, 2)]
     rows += [train.validate(run, data.EvalLoader(test.images, 3, 32), test.labels)]

@@ -185,7 +185,7 @@ def test_resume_refuses_other_constants_by_name(finished_run, flag, value, store
 def older_run(finished_run, tmp_path):
     """A finished run of two epochs from before train.py had these constants."""
     state = load(finished_run / "demo" / "last.pt")
-    for name in ("mixup", "label_smoothing", "ema_decay", "head_epochs", "schedule"):
+    for name in ("mixup", "label_smoothing", "ema_decay", "head_epochs", "schedule", "dataset"):
         del state["constants"][name]
     (tmp_path / "demo").mkdir()
     utils.save_checkpoint(tmp_path / "demo" / "last.pt", state)
@@ -252,7 +252,7 @@ def test_progress_bar_advances_with_each_step_without_reading_from_the_device(mo
     monkeypatch.setattr(tqdm, "update", lambda bar, n: events.append(n) or update(bar, n))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: events.append("read") or item(tensor))
     args = settings(batch_size=4, log_every=5, compile=False)
-    loader = data.TrainLoader(data.read_digits()[0].select(slice(80)), args)
+    loader = data.TrainLoader(data.read_digits("train")[0].select(slice(80)), args)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
     train.train_one_epoch(train.make_run(args, network, "fp32"), loader, 1, args)
     assert events == [4, 4, 4, 4, 4, "read"] * 4
@@ -288,7 +288,7 @@ def test_compiled_step_is_compiled_once_and_computes_the_same():
     from torch._dynamo.utils import counters
 
     figures = {}
-    digits, test, _ = data.read_digits()
+    digits, test = (data.read_digits(part)[0] for part in ("train", "test"))
     for compile_it in (False, True):
         args = settings(batch_size=16, log_every=1, compile=compile_it, **AUGMENTATION)
         loader = data.TrainLoader(digits.select(slice(16)), args)

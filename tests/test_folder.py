@@ -1,0 +1,254 @@
+"""A folder of pictures in place of CIFAR-100: how it is read, trained on, evaluated and refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import TINY, run_script, settings
+from torchvision.transforms.v2 import functional
+
+import data
+import train
+import utils
+
+CPU = torch.device("cpu")
+SIZE = ["--stored-size", "40"]
+
+
+def write_pictures(folder: Path, split: data.Split, names: list[str]) -> Path:
+    """Writes each image as a PNG into the sub-folder of its class; file names sort as images do."""
+    for index, (image, label) in enumerate(zip(*split)):
+        path = folder / names[label] / f"{index:05}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Zeros and ones at their original 8 pixels, enlarged: 12 to train on, 6 in val/, per class."""
+    folder = tmp_path / "photos"
+    for part, count in (("train", 12), ("val", 6)):
+        digits, _ = data.read_digits("train" if part == "train" else "test")
+        for label, name in enumerate(["one", "zero"]):
+            chosen = digits.select(digits.labels == 1 - label).select(slice(count))
+            split = data.Split(chosen.images, torch.full_like(chosen.labels, label))
+            write_pictures(folder / part, split, ["one", "zero"])
+    return folder
+
+
+def read(folder: Path, size: int = 32, **options):
+    return data.read_folder(folder, size, CPU, **options)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_cifar100_as_a_folder_of_pictures_gives_the_same_tensors(cifar100_dir, tmp_path):
+    test, classes = data.read_cifar100(cifar100_dir, "test")
+    chosen = test.select(test.labels < 10)
+    split, names = read(write_pictures(tmp_path / "val", chosen, classes))
+    order = chosen.labels.argsort(stable=True)
+    assert names == classes[:10] and len(split.labels) == 1000
+    assert torch.equal(split.images, chosen.images[order])
+    assert torch.equal(split.labels, chosen.labels[order])
+
+
+def test_pictures_of_every_size_and_mode_are_read_and_broken_ones_named(tmp_path, capsys):
+    """The left half is dark, the right half bright, in every one that can be read."""
+    ramp = np.where(np.arange(90) < 45, 50, 200).astype(np.uint8)
+    gray = Image.fromarray(np.tile(ramp, (60, 1)))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: stored a quarter turn to the left
+    gray.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a/turned.jpg", exif=exif)
+    for mode, suffix in (("L", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("LA", "png"),
+                         ("CMYK", "jpg"), ("RGB", "webp"), ("YCbCr", "tif")):  # fmt: skip
+        gray.convert(mode).save(tmp_path / f"a/{mode}.{suffix}")
+    Image.fromarray(np.tile(ramp.astype(np.uint16) * 257, (60, 1))).save(tmp_path / "a/16bit.png")
+    gray.resize((900, 600)).save(tmp_path / "b/large.jpg")
+    gray.resize((9, 6)).save(tmp_path / "b/small.bmp")
+    whole = (tmp_path / "b/large.jpg").read_bytes()
+    (tmp_path / "b/corrupt.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b/empty.png").touch()
+    (tmp_path / "b/notes.txt").write_text("no picture")
+
+    split, names = read(tmp_path, 24)
+    assert names == ["a", "b"] and split.labels.bincount().tolist() == [10, 2]
+    assert split.images.shape == (12, 3, 24, 24) and split.images.dtype == torch.uint8
+    dark, bright = split.images[..., :9], split.images[..., 15:]
+    one_bit = sorted(path.name for path in (tmp_path / "a").iterdir()).index("1.png")
+    others = [index for index in range(12) if index != one_bit]  # dithered: only its means count
+    assert dark[others].float().sub(50).abs().max() < 12
+    assert bright[others].float().sub(200).abs().max() < 12
+    assert dark[one_bit].float().mean() < 100 < bright[one_bit].float().mean()
+    skipped = sorted(capsys.readouterr().err.splitlines())
+    assert [line.split(": ")[0] for line in skipped] == [
+        f"skipped  {tmp_path / 'b' / name}" for name in ("corrupt.jpg", "empty.png")
+    ]
+
+
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path, monkeypatch):
+    digit = data.read_digits("test")[0].images[0]
+    large = functional.to_pil_image(functional.resize(digit, [1200, 1600]))
+    large.save(tmp_path / "large.jpg", quality=95)
+    decoded, load = [], Image.Image.convert
+
+    def convert(image, *args, **options):
+        decoded.append(image.size)
+        return load(image, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    reduced = data.read_picture(tmp_path / "large.jpg", 64)
+    assert (200, 150) in decoded
+    large.save(tmp_path / "large.png")
+    full = data.read_picture(tmp_path / "large.png", 64)
+    assert (reduced.float() - full.float()).abs().mean() < 2
+
+
+def test_resizing_has_antialiasing_only_where_it_shrinks():
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
+    for size in (32, 40, 96):
+        expected = functional.resize(
+            functional.normalize(images, mean, std), [size, size], antialias=size < 40
+        )
+        ours = data.NormalizeAndResize(size, CPU)(images)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+# ---- from end to end ----------------------------------------------------------------------------
+
+
+def test_two_classes_are_trained_evaluated_and_compared(photos, tmp_path):
+    flags = [*TINY, "--dataset", "photos", *SIZE, "--holdout-per-class", "0"]
+    script = run_script("train.py", *flags, "--epochs", "1", "--mixup", "0.4", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    assert "photos: 8 training and 12 validation images, 2 classes" in script.stdout
+    assert "best.pt is selected on photos/val; --holdout-per-class" in script.stdout
+    script = run_script(
+        "train.py", *flags, "--epochs", "2", "--mixup", "0.4", "--resume", cwd=tmp_path
+    )
+    assert script.status == 0, script.stderr
+
+    shutil.move(photos, tmp_path / "moved")
+    flags = ["--checkpoint", "checkpoints/demo/best.pt", "--no-show", "--tta"]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path)
+    assert script.status == 1 and script.stderr.startswith("photos/val: No such file or directory")
+    flags += ["--dataset", "moved"]
+    script = run_script("evaluate.py", *flags, "--results-dir", "before", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    assert "top-1" in script.stdout and "top-5" not in script.stdout
+    script = run_script("evaluate.py", *flags, "--compare", "before", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    metrics = json.loads((tmp_path / "results/metrics.json").read_text())
+    assert metrics["images"] == 12 and metrics["dataset"] == "photos"
+    assert metrics["test_images_chose_checkpoint"] and metrics["comparison"]["difference"] == 0
+    assert {"mistakes.png", "confusion_matrix.png"} <= {
+        path.name for path in (tmp_path / "results").iterdir()
+    }
+    script = run_script("evaluate.py", *flags, "--images", "moved/val", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    rows = (tmp_path / "results/pictures.csv").read_text().splitlines()
+    assert rows[0] == "file,class_1,probability_1,class_2,probability_2" and len(rows) == 13
+
+
+def test_folder_without_val_is_evaluated_on_its_hold_out(photos, tmp_path):
+    shutil.rmtree(photos / "val")
+    flags = [*TINY, "--dataset", "photos", *SIZE, "--holdout-per-class", "3", "--epochs", "1"]
+    script = run_script("train.py", *flags, cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    assert "8 training and 6 validation images" in script.stdout
+    flags = ["--checkpoint", "checkpoints/demo/best.pt", "--no-show"]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    assert "photos: 6 hold-out images, because there is no val/" in script.stdout
+    assert "the checkpoint was selected on these images" in script.stdout
+    metrics = json.loads((tmp_path / "results/metrics.json").read_text())
+    assert metrics["test_images_chose_checkpoint"] is True
+    assert metrics["loss"] == pytest.approx(metrics["history"][-1]["val_loss"], rel=1e-5)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def load_splits(folder: Path, **changed):
+    return train.read_splits(
+        settings(dataset=str(folder), stored_size=32, **changed), utils.Processes(), CPU
+    )
+
+
+def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
+    shutil.rmtree(photos / "val" / "one")
+    _, val_split, classes = load_splits(photos)
+    assert classes == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
+
+
+def remove(*names: str):
+    return lambda photos: [shutil.rmtree(photos / name) for name in names]
+
+
+def empty(name: str):
+    return lambda photos: [path.write_bytes(b"") for path in (photos / name).iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changed", "message"),
+    [
+        (remove("train"), {}, r"photos/train: No such file or directory\nExpected one sub-folder"),
+        (remove("train", "val"), {}, r"photos/val not found. Expected cifar100, digits, or a folder"),
+        (remove("val"), {}, r"photos/val not found. .*without val/, --holdout-per-class 50"),
+        (remove("train/one", "train/zero"), {}, r"photos/train: Couldn't find any class folder"),
+        (remove("train/one"), {}, r"photos/train: 12 pictures of 1 classes can be used"),
+        (lambda photos: (photos / "train/none").mkdir(), {}, "no valid file for the classes none"),
+        (empty("train/one"), {}, "Class one has 0 training images: expected more than"),
+        (remove("val/one", "val/zero"), {}, "photos/val: Couldn't find any class folder"),
+        (lambda photos: (photos / "val/two").mkdir(), {}, "val/two is not one of the 2 classes"),
+        (remove(), {"holdout_per_class": 12}, "Class one has 12 .* --holdout-per-class 12"),
+    ],
+)  # fmt: skip
+def test_folder_that_cannot_be_used_is_one_message(spoil, changed, message, photos):
+    spoil(photos)
+    with pytest.raises(SystemExit, match=message) as error:
+        load_splits(photos, **changed)
+    assert str(error.value).count("\n") <= 1
+
+
+def test_pictures_that_do_not_fit_into_memory_are_refused_with_the_numbers(photos, monkeypatch):
+    (photos / "train/one/00000.png").write_bytes(b"")  # it counts before it is found to be broken
+    free = {"cpu": 100_000, "cuda": 50_000}  # bytes, of 147,456 and 73,728 needed
+    monkeypatch.setattr(data, "free_memory", lambda device: free[device.type])
+    with pytest.raises(data.DataError, match=r"need 0.000147 GB .* 0.0001 GB are free \(cpu\)"):
+        read(photos / "train")
+    free["cpu"] = 200_000
+    with pytest.raises(data.DataError, match=r"need 7.37e-05 GB .* 5e-05 GB are free \(cuda\)"):
+        data.read_folder(photos / "train", 32, torch.device("cuda"))
+    assert len(read(photos / "train")[0].labels) == 23
+
+
+def test_free_memory_is_what_the_system_says():
+    with open("/proc/meminfo") as file:
+        entries = dict(line.split(":") for line in file)
+    total = 1024 * int(entries["MemTotal"].split()[0])
+    assert 0.01 * total < data.free_memory(CPU) < total
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "photos"], "--stored-size 0: expected .* for example 224"),
+        (["--stored-size", "64"], "--stored-size 64: expected 0 with cifar100"),
+        (["--dataset", ""], "--dataset '': expected cifar100, digits, or the path of a folder"),
+    ],
+)
+def test_stored_size_belongs_to_a_folder(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(flags)
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
