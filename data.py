@@ -10,10 +10,10 @@ tests/test_data.py compares them.
 """
 
 import math
-import os
 import socket
 import sys
 import tempfile
+import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
@@ -94,24 +94,19 @@ class DataError(SystemExit):
 
 
 def read_split(
-    settings: Namespace,
-    part: str,
-    device: torch.device,
-    classes: Sequence[str] = (),
-    quiet: bool = False,
+    settings: Namespace, part: str, classes: Sequence[str] = (), quiet: bool = False
 ) -> tuple[Split, list[str]]:
     """The images and labels of one part, "train" or "test", on the CPU, and the class names.
 
     settings: dataset, data_dir and stored_size, as in train.py. The rest is for a folder: the
-    device that must have room for its pictures, the classes it is limited to, and whether to leave
-    out the progress bar and the names of skipped pictures. Raises DataError.
+    classes that it must not exceed, and whether to show no progress and name no skipped pictures.
+    Raises DataError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
     if settings.dataset == "digits":
         return read_digits(part)
-    folder = Path(settings.dataset, {"train": "train", "test": "val"}[part])
-    return read_folder(folder, settings.stored_size or 32, device, classes, quiet)
+    return read_folder(_part_folder(settings, part), settings.stored_size or 32, classes, quiet)
 
 
 def has_test_images(dataset: str) -> bool:
@@ -121,7 +116,15 @@ def has_test_images(dataset: str) -> bool:
 
 def name_test_images(dataset: str) -> str:
     """What messages call them."""
-    return "the test images" if dataset in BUILT_IN else f"{Path(dataset, 'val')}"
+    return "the test images" if dataset in BUILT_IN else str(Path(dataset, "val"))
+
+
+def identify(settings: Namespace, split: Split) -> str:
+    """The name of a built-in data set; for pictures of a folder, their number and checksum."""
+    if settings.dataset in BUILT_IN:
+        return settings.dataset
+    checksum = zlib.crc32(split.images.numpy(), zlib.crc32(split.labels.numpy()))
+    return f"{len(split.labels)} pictures, crc32 {checksum:08x}"
 
 
 def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
@@ -214,62 +217,82 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
 
 
 def read_folder(
-    folder: Path, size: int, device: torch.device, classes: Sequence[str] = (), quiet: bool = False
+    folder: Path, size: int, classes: Sequence[str] = (), quiet: bool = False
 ) -> tuple[Split, list[str]]:
     """The pictures in a folder's sub-folders, one per class, at size pixels per side.
 
-    Pictures that cannot be decoded are named on stderr and skipped. Raises DataError if there is
-    not enough memory, if no picture is left, or if a sub-folder is not one of the classes given.
+    Pictures that cannot be decoded are named on stderr and skipped. Raises DataError if a class has
+    no picture, or if a sub-folder is not one of the classes given.
     """
-    try:
-        layout = ImageFolder(folder, allow_empty=bool(classes))
-    except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror or error}\n"
-            'Expected one sub-folder of pictures per class. The data set is "cifar100", "digits" or '
-            "a folder with train/ and val/"
-        ) from error
+    layout = _list_pictures(folder)
     classes = list(classes or layout.classes)
+    if len(classes) < 2:
+        raise DataError(f"{folder} has 1 class, {classes[0]}. Expected at least 2")
     for name in layout.classes:
         if name not in classes:
             raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
-    _require_memory(folder, len(layout) * 3 * size**2, device)
     images = torch.empty(len(layout), 3, size, size, dtype=torch.uint8)
 
-    def read(index: int) -> Exception | None:
+    def read(index: int) -> str:
+        """Stores a picture; returns why it cannot be decoded, if so."""
         try:
             images[index] = read_picture(layout.samples[index][0], size)
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            return error
+            return str(error) or type(error).__name__
+        return ""
 
-    with ThreadPool(os.cpu_count()) as threads:  # Pillow lets threads decode at the same time
+    with ThreadPool() as threads:  # Pillow lets threads decode at the same time
         results = threads.imap(read, range(len(layout)))
         off = quiet or None  # None: on if this is a terminal
         errors = list(tqdm(results, "read", len(layout), unit="picture", leave=False, disable=off))
-    if not quiet:
-        for (path, _), error in zip(layout.samples, errors):
-            if error:
-                print(f"skipped  {path}: {error}", file=sys.stderr)
     numbers = torch.tensor([classes.index(name) for name in layout.classes])
-    split = Split(images, numbers[torch.tensor(layout.targets, dtype=torch.long)])
+    split = Split(images, numbers[torch.tensor(layout.targets)])
+    for (path, _), error in zip(layout.samples, errors):
+        if error and not quiet:
+            print(f"skipped  {path}: {error}", file=sys.stderr)
     if any(errors):
-        split = split.select(torch.tensor([error is None for error in errors]))
-    if len(classes) < 2 or not len(split.labels):
-        raise DataError(
-            f"{folder}: {len(split.labels)} pictures of {len(classes)} classes can be used. "
-            "Expected pictures of at least 2 classes"
-        )
+        split = split.select(torch.tensor([not error for error in errors]))
+    for number in numbers.tolist():
+        if number not in split.labels:
+            raise DataError(f"{folder / classes[number]}: none of its pictures can be decoded")
     return split, classes
 
 
-def _require_memory(folder: Path, size: int, device: torch.device) -> None:
-    """Raises DataError if images of so many bytes do not fit the device, or twice the host."""
-    for place, needed in ((torch.device("cpu"), 2 * size), (device, size)):  # splitting copies
+def _part_folder(settings: Namespace, part: str) -> Path:
+    return Path(settings.dataset, {"train": "train", "test": "val"}[part])
+
+
+def _list_pictures(folder: Path) -> ImageFolder:
+    """The pictures and classes of a folder, none of them read yet. Raises DataError."""
+    try:
+        layout = ImageFolder(folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {error.strerror or error}\n"
+            'Expected one sub-folder of pictures per class. --dataset is "cifar100", "digits" or a '
+            "folder with train/ and val/"
+        ) from error
+    return layout
+
+
+def require_memory(
+    settings: Namespace, parts: Sequence[str], device: torch.device, processes: int = 1
+) -> None:
+    """Raises DataError if pictures do not fit the device, or twice the machine's memory.
+
+    Twice, because splitting them copies them; for each of the processes on this machine.
+    """
+    if settings.dataset in BUILT_IN:
+        return
+    count = sum(len(_list_pictures(_part_folder(settings, part))) for part in parts)
+    size = count * 3 * (settings.stored_size or 32) ** 2
+    for place, needed in ((torch.device("cpu"), 2 * size * processes), (device, size)):
         free = free_memory(place)
         if needed > free:
             raise DataError(
-                f"The pictures in {folder} need {needed / 1e9:.3g} GB of memory, but only "
-                f"{free / 1e9:.3g} GB are free ({place.type}). Lower --stored-size"
+                f"The {count:,} pictures in {settings.dataset} need {needed / 1e9:.3g} GB of "
+                f"memory at {settings.stored_size} pixels per side, but only {free / 1e9:.3g} GB "
+                f"are free ({place.type}). Train with a lower --stored-size, or on fewer pictures"
             )
 
 
@@ -528,8 +551,8 @@ class TrainLoader:
 
     With mixup or CutMix, labels are class probabilities float32 (B, num_classes). The batch size is
     global: with several processes, each gets its slice, B = batch_size / world_size, of the same
-    permutation with the same augmentation. The last, incomplete batch is dropped; if the data are
-    fewer than a batch, they are one, of whole pairs of images per process.
+    permutation with the same augmentation. The last, incomplete batch is dropped; if there are fewer
+    images than a batch, it holds the largest even number per process.
     """
 
     unit = "epoch"  # what one pass is called

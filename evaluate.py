@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import seaborn as sns
@@ -44,7 +45,7 @@ import utils
 
 CHECKPOINT = "checkpoints/best.pt"  # file written by train.py
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
-DATASET = ""  # another folder of pictures, such as the one trained on if it has moved; "" for none
+DATASET = ""  # where the folder of pictures that was trained on is now; "" if it has not moved
 RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # auto, cuda, mps or cpu
 TTA = False  # average the logits over each image and its mirror image: twice the time
@@ -70,10 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         picture = classify_pictures(classifier, args, folder)
     else:
-        test, selected = read_test_images(classifier, args)
-        other = read_results(args, classifier, test.labels.numpy()) if args.compare else None
-        result = Result(test, classifier.predict(test.images), classifier.classes)
-        summary = summarize(result, classifier, selected)
+        test = read_test_images(classifier, args)
+        other = read_results(args, test) if args.compare else None
+        result = Result(test.split, classifier.predict(test.split.images), classifier.classes)
+        summary = summarize(result, test, classifier)
         print_numbers(result, summary)
         if other:
             summary["comparison"] = compare(result, summary, other)
@@ -144,36 +145,52 @@ class Result:
         return indices[np.argsort(-self.confidence[indices], kind="stable")][:count]
 
 
-def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, bool]:
-    """The images to evaluate on, and whether they selected the checkpoint.
+class TestImages(NamedTuple):
+    """The images that a checkpoint is evaluated on."""
 
-    These are the official test images, downloaded if missing, or a folder's val/; of a folder
-    without val/, the images that were held out from its train/.
+    split: data.Split
+    dataset: str  # which images they are, as data.identify() tells
+    selected: bool  # whether they selected the checkpoint
+
+
+def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
+    """The official test images, downloaded if missing, or the pictures in a folder's val/.
+
+    Of a folder without val/, those that were held out from its train/. Raises UserError if they
+    cannot be told from those trained on.
     """
     settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
     settings.dataset = args.dataset or settings.dataset
     if settings.dataset == "cifar100":
         data.fetch_cifar100(args.data_dir)
-    selected, part, kind = not settings.holdout_per_class, "test", "test images"
-    if settings.holdout_per_class and not data.has_test_images(settings.dataset):
-        selected, part, kind = True, "train", "hold-out images, because there is no val/"
-    test, _ = data.read_split(settings, part, classifier.device, classifier.classes)
-    if part == "train":
-        _, holdout = data.split_per_class(test.labels, settings.holdout_per_class)
-        test = test.select(holdout)
-    utils.say("data", f"{settings.dataset}: {len(test.labels):,} {kind}")
+    holdout_per_class, kind = settings.holdout_per_class, "test images"
+    held_out = holdout_per_class > 0 and not data.has_test_images(settings.dataset)
+    part = "train" if held_out else "test"
+    data.require_memory(settings, [part], classifier.device)
+    split, classes = data.read_split(settings, part, classifier.classes)
+    dataset = data.identify(settings, split)
+    if classes != classifier.classes or (held_out and dataset != classifier.checkpoint["dataset"]):
+        raise utils.UserError(
+            f"{settings.dataset} is not what {classifier.path} was trained on: "
+            f"{classifier.checkpoint['dataset']}, {len(classifier.classes)} classes"
+        )
+    if held_out:
+        _, holdout = data.split_per_class(split.labels, holdout_per_class)
+        split, kind = split.select(holdout), "hold-out images, because there is no val/"
+    utils.say("data", f"{settings.dataset}: {len(split.labels):,} {kind}")
+    selected = held_out or not holdout_per_class
     if selected:
         utils.say("note", "the checkpoint was selected on these images: the numbers are optimistic")
     else:
         utils.say("note", "these images were used neither to train nor to select the checkpoint")
-    return test, selected
+    return TestImages(split, dataset, selected)
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def summarize(result: Result, classifier: Classifier, selected: bool) -> dict:
-    """What metrics.json holds; selected: whether these images selected the checkpoint."""
+def summarize(result: Result, test: TestImages, classifier: Classifier) -> dict:
+    """What metrics.json holds."""
     checkpoint, count = classifier.checkpoint, len(result.labels)
     summary = score(result.views.mean(0), result.labels) | {
         "macro_f1": result.report["macro avg"]["f1-score"],
@@ -181,10 +198,11 @@ def summarize(result: Result, classifier: Classifier, selected: bool) -> dict:
         "intervals_95": bootstrap_intervals(result.matrix),
         "most_confused": result.pairs[:10],
         "images": count,
-        "test_images_chose_checkpoint": selected,
+        "dataset": test.dataset,
+        "test_images_chose_checkpoint": test.selected,
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
-        **{name: checkpoint[name] for name in ("epoch", "dataset", "precision", "constants")},
+        **{name: checkpoint[name] for name in ("epoch", "precision", "constants")},
         "history": read_history(classifier.path, checkpoint["history"]),
     }
     if result.superclasses:
@@ -309,12 +327,12 @@ def print_numbers(result: Result, summary: dict) -> None:
 # ---- two evaluations of the same images ---------------------------------------------------------
 
 
-def read_results(args: Namespace, classifier: Classifier, labels: np.ndarray) -> dict:
+def read_results(args: Namespace, test: TestImages) -> dict:
     """What a comparison needs of the evaluation in COMPARE, its predicted classes (N,) included.
 
-    labels: of the test images (N,). Raises UserError if the files are damaged or of other images.
+    Raises UserError if the files are damaged or of other images.
     """
-    folder, dataset = Path(args.compare), classifier.checkpoint["dataset"]
+    folder, labels = Path(args.compare), test.split.labels.numpy()
     if folder.resolve() == Path(args.results_dir).resolve():
         utils.refuse_flag("compare", args.compare, "another folder than --results-dir")
     path = folder / "metrics.json"
@@ -322,11 +340,11 @@ def read_results(args: Namespace, classifier: Classifier, labels: np.ndarray) ->
         summary = json.loads(path.read_text(encoding="utf-8"))
         names = ("dataset", "checkpoint", "epoch", "tta", "top1_accuracy", "constants", "history")
         other = {"results_dir": str(folder)} | {name: summary[name] for name in names}
-        other["constants"] = utils.with_defaults(other["constants"])
+        other["constants"] = utils.with_defaults(other)
         names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
         other["history"] = [{name: float(row[name]) for name in names} for row in other["history"]]
-        if other["dataset"] != dataset:
-            raise ValueError(f"its data set is {other['dataset']!r}, not {dataset!r}")
+        if other["dataset"] != test.dataset:
+            raise ValueError(f"its data set is {other['dataset']!r}, not {test.dataset!r}")
         path = folder / "predictions.csv"
         rows = path.read_text(encoding="utf-8").splitlines()[1:]
         if len(rows) != len(labels):
@@ -450,7 +468,7 @@ def write_tables(result: Result, summary: dict, folder: Path) -> None:
     report = result.report
     with writing_into(folder):
         (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (folder / "classification_report.txt").write_text(result.report_text)
+        (folder / "classification_report.txt").write_text(result.report_text, encoding="utf-8")
         rows = [[name, *row.values()] for name, row in report.items() if name != "accuracy"]
         write_csv(folder / "classification_report.csv", ["class", *report["macro avg"]], rows)
         rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
@@ -507,11 +525,13 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
         matrix, names = matrix[order][:, order], [names[i] for i in order]
     fractions = matrix / matrix.sum(1, keepdims=True).clip(1)
     label = "fraction of the true class's images" + ("; numbers: images" if numbered else "")
-    style = {"xticklabels": names, "yticklabels": names, "square": True, "cmap": "Blues", "fmt": ""}
+    ticks = names if count <= 200 else False
+    style = {"xticklabels": ticks, "yticklabels": ticks, "square": True, "cmap": "Blues", "fmt": ""}
     style["norm"] = PowerNorm(0.5, 0, 1)  # so that a few per cent are visible beside 90
     style["annot"] = np.where(matrix, matrix, "") if numbered else None
     style["cbar_kws"] = {"label": label, "shrink": 0.5, "pad": 0.02}
-    figure = new_figure(*[max(7, count * (0.55 if numbered else 0.2))] * 2)
+    side = max(7, min(40, count * (0.55 if numbered else 0.2)))
+    figure = new_figure(side, side)
     axes = sns.heatmap(fractions, ax=figure.subplots(), **style)
     axes.tick_params("y", rotation=0)
     axes.set(xlabel="predicted class", ylabel="true class")

@@ -91,7 +91,7 @@ def read_weights(weights: str) -> tuple[dict[str, Tensor], list[str]]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{weights} is not a state_dict file that torch.load can read safely: {reason}"
+            f"{weights} is not a state_dict file that can be used: {reason}"
         ) from error
 
 

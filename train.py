@@ -11,6 +11,7 @@ Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python ev
 
 import copy
 import math
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -59,7 +60,7 @@ FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, wi
 SEED = 0  # random seed: head initialization, image order, augmentation, dropout
 
 # Images
-STORED_SIZE = 0  # pixels per side at which a folder's pictures are kept; 0: 32, CIFAR-100's size
+STORED_SIZE = 0  # pixels per side at which a folder's pictures are kept; else 0: CIFAR-100 has 32
 IMAGE_SIZE = 224  # pixels per side that the stored images are resized to for the network
 HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0 validates on the test images
 TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all
@@ -86,7 +87,8 @@ LOG_EVERY = 20  # steps between readings of the loss, for the progress bar and t
 RESUME = False  # continue from CHECKPOINT_DIR/last.pt
 DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still win
 
-# Valid values: (low, high), a list of choices, or, for a string that must not be empty, its meaning
+# Valid values: (low, high), whole numbers unless low is a float; a list of choices; or, for a string
+# that must not be empty, its meaning
 ALLOWED = {
     "DATASET": "cifar100, digits, or the path of a folder",
     "DATA_DIR": "the path of a folder",
@@ -96,31 +98,31 @@ ALLOWED = {
     "EPOCHS": (0, 100_000),
     "BATCH_SIZE": (1, 50_000),
     "LEARNING_RATE": (1e-9, 1000),
-    "MOMENTUM": (0, 1),
-    "WEIGHT_DECAY": (0, 1000),
+    "MOMENTUM": (0.0, 1),
+    "WEIGHT_DECAY": (0.0, 1000),
     "SCHEDULE": ["plateau", "cosine"],
-    "SCHEDULER_FACTOR": (0, 0.999),
+    "SCHEDULER_FACTOR": (0.0, 0.999),
     "SCHEDULER_PATIENCE": (0, 100_000),
-    "WARMUP_EPOCHS": (0, 100_000),
+    "WARMUP_EPOCHS": (0.0, 100_000),
     "EARLY_STOPPING_PATIENCE": (1, 100_000),
     "WATCH": ["loss", "accuracy"],
-    "LABEL_SMOOTHING": (0, 1),
-    "EMA_DECAY": (0, 0.999999),
+    "LABEL_SMOOTHING": (0.0, 1),
+    "EMA_DECAY": (0.0, 0.999999),
     "SEED": (0, 4_294_967_295),
     "STORED_SIZE": (0, 1024),
     "IMAGE_SIZE": (32, 1024),
     "HOLDOUT_PER_CLASS": (0, 100_000),
     "TRAIN_PER_CLASS": (0, 100_000),
-    "FLIP": (0, 1),
+    "FLIP": (0.0, 1),
     "CROP_PADDING": (0, 32),
-    "BRIGHTNESS": (0, 100),
-    "CONTRAST": (0, 100),
-    "SATURATION": (0, 100),
-    "HUE": (0, 0.5),
-    "ROTATION": (0, 180),
-    "GRAYSCALE": (0, 1),
-    "MIXUP": (0, 100),
-    "CUTMIX": (0, 100),
+    "BRIGHTNESS": (0.0, 100),
+    "CONTRAST": (0.0, 100),
+    "SATURATION": (0.0, 100),
+    "HUE": (0.0, 0.5),
+    "ROTATION": (0.0, 180),
+    "GRAYSCALE": (0.0, 1),
+    "MIXUP": (0.0, 100),
+    "CUTMIX": (0.0, 100),
     "DEVICE": ["auto", "cuda", "mps", "cpu"],
     "PRECISION": ["auto", "bf16", "fp16", "fp32"],
     "LOG_EVERY": (1, 100_000),
@@ -156,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
 
     # Data, network and optimizer
-    train_loader, val_loader, val_labels, classes = make_loaders(args, processes, device)
+    train_loader, val_loader, val_labels, contents = make_loaders(args, processes, device)
+    classes = contents["classes"]
     torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
     with utils.barrier_after_download():
@@ -165,11 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     describe(run, args, train_loader, val_loader)
 
     # The checkpoint's state, or a new run
-    metadata = {"constants": vars(args), "precision": precision, "dataset": args.dataset}
-    metadata |= {"classes": classes, "launcher": processes.launcher}
+    metadata = {"constants": vars(args), "precision": precision, "launcher": processes.launcher}
+    metadata |= contents
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
-        utils.restore(checkpoint, folder / "last.pt", run.parts(), classes)
+        utils.restore(checkpoint, folder / "last.pt", run.parts(), contents)
     elif processes.rank == 0:
         utils.move_aside(folder)
         utils.save_run(folder, metadata, run.parts(), history)
@@ -290,20 +293,18 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             kept.copy_(counter)
 
 
-def set_learning_rate(run: Run, args: Namespace, epochs_done: float) -> None:
-    """With the cosine schedule, sets the rate: linear warm-up from zero, then a cosine to zero.
+def learning_rate_at(run: Run, args: Namespace, epochs_done: float) -> float:
+    """The learning rate after so many epochs, a fraction included.
 
-    Loshchilov & Hutter 2017, arXiv 1608.03983, one cycle. A function of epoch and step alone, so
-    that a resumed run is exact.
+    With the cosine schedule, a linear warm-up from zero and then one cosine to zero: Loshchilov &
+    Hutter 2017, arXiv 1608.03983. It depends on nothing else, so that a resumed run is exact.
     """
-    if args.schedule != "cosine":
-        return
-    progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    factor = (1 + math.cos(math.pi * progress)) / 2
+    if args.schedule == "plateau":
+        return run.optimizer.param_groups[0]["lr"]
     if epochs_done < args.warmup_epochs:
-        factor = epochs_done / args.warmup_epochs
-    for group in run.optimizer.param_groups:
-        group["lr"] = args.learning_rate * factor
+        return args.learning_rate * (epochs_done / args.warmup_epochs)
+    progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return args.learning_rate * ((1 + math.cos(math.pi * progress)) / 2)
 
 
 def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
@@ -315,27 +316,28 @@ def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namesp
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     total, start = len(loader) * loader.batch_size, time.perf_counter()
-    # Added up on the device; loss_sum over batches, which are all of one size
-    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)
+    loss_sum = next(run.model.parameters()).new_zeros(())  # of batch means, on the device
+    correct_sum = loss_sum.clone()
     bar = utils.progress_bar(f"{loader.unit} {epoch}", total, unit="image")
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
-        set_learning_rate(run, args, epochs_done=epoch - 1 + (step - 0.5) / len(loader))
+        rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / len(loader))
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
         loss, correct = train_step(run, images, labels, args)
         loss_sum += loss
         correct_sum += correct
         bar.update(loader.batch_size)
         if step % args.log_every == 0 or step == len(loader):
             mean_loss = loss_sum.item() / step  # the only place where the host waits
-            require_finite(mean_loss, "training", f"{loader.unit} {epoch}, by step {step}", run)
+            require_finite(mean_loss, "training", f"{loader.unit} {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
     bar.close()
     seconds = time.perf_counter() - start
     sums = loss_sum * len(labels), correct_sum
     loss, accuracy = utils.mean_over_processes(*sums, count=len(loader) * len(labels))
-    set_learning_rate(run, args, epochs_done=epoch - 0.5)  # which stands for the epoch
-    rate, speed = run.optimizer.param_groups[0]["lr"], total / seconds
-    row = {"learning_rate": rate, "train_loss": loss, "train_accuracy": accuracy}
-    return row | {"images_per_second": speed}
+    row = {"learning_rate": learning_rate_at(run, args, epoch - 0.5)}
+    row |= {"train_loss": loss, "train_accuracy": accuracy}
+    return row | {"images_per_second": total / seconds}
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
@@ -345,7 +347,7 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     images, not augmented, are computed once and kept on the device. Mirrored views did not pay: see
     README.
     """
-    mine = slice(loader.rank, None, loader.world_size)
+    start, mine = time.perf_counter(), slice(loader.rank, None, loader.world_size)
     local_batch_size = loader.batch_size // loader.world_size
     own_images = data.EvalLoader(loader.images[mine], local_batch_size, args.image_size)
     own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
@@ -363,7 +365,8 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
         row = train_one_epoch(head_run, head_loader, head_epoch, head_args)
     if run.average is not None:
         run.average.load_state_dict(run.model.state_dict())
-    return row | {"learning_rate": args.head_learning_rate}
+    speed = len(features) / (time.perf_counter() - start)  # computing the features included
+    return row | {"learning_rate": args.head_learning_rate, "images_per_second": speed}
 
 
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
@@ -383,7 +386,7 @@ def finish_epoch(run: Run, history: list[dict], args: Namespace) -> bool:
     Raises FloatingPointError if its validation loss is not finite.
     """
     row = history[-1]
-    require_finite(row["val_loss"], "validation", f"epoch {row['epoch']}", run)
+    require_finite(row["val_loss"], "validation", f"epoch {row['epoch']}", row["learning_rate"])
     run.scheduler.patience = args.scheduler_patience  # may have changed on resume
     run.scheduler.step(row[f"val_{args.watch}"])
     return best_epoch(history, args.watch) is row
@@ -403,18 +406,22 @@ def should_stop(history: list[dict], args: Namespace) -> bool:
     return bad_epochs >= args.early_stopping_patience
 
 
-def require_finite(loss: float, kind: str, place: str, run: Run) -> None:
+def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
     """Raises FloatingPointError, with the place in the run, if the loss is not finite."""
     if not math.isfinite(loss):
-        rate = run.optimizer.param_groups[0]["lr"]
-        raise FloatingPointError(f"the {kind} loss is {loss}: {place}, learning rate {rate:g}")
+        raise FloatingPointError(
+            f"the {kind} loss is {loss}: {place}, learning rate {rate:g}. Try a lower one"
+        )
 
 
 def make_loaders(
     args: Namespace, processes: utils.Processes, device: torch.device
-) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, list[str]]:
-    """The loaders, on the device; the labels of this process's validation images; class names."""
-    train_split, val_split, classes = read_splits(args, processes, device)
+) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, dict]:
+    """The loaders, on the device; the labels of this process's validation images; contents.
+
+    contents: what a checkpoint holds of the data, "classes" and "dataset".
+    """
+    train_split, val_split, contents = read_splits(args, processes, device)
     rank, world_size = processes.rank, processes.world_size
     sizes = len(train_split.labels), len(val_split.labels)
     if min(sizes[0] // 2, sizes[1]) < world_size:  # each trains on pairs of images
@@ -423,20 +430,20 @@ def make_loaders(
             f"{world_size} processes; see --holdout-per-class, --train-per-class"
         )
     counts = f"{sizes[0]:,} training and {sizes[1]:,} validation images"
-    utils.say("data", f"{args.dataset}: {counts}, {len(classes)} classes")
+    utils.say("data", f"{args.dataset}: {counts}, {len(contents['classes'])} classes")
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
     train_loader = data.TrainLoader(train_split.to(device), args, rank, world_size)
     val_split = val_split.select(slice(rank, None, world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.batch_size // world_size, args.image_size)
-    return train_loader, val_loader, val_split.labels, classes
+    return train_loader, val_loader, val_split.labels, contents
 
 
 def read_splits(
     args: Namespace, processes: utils.Processes, device: torch.device
-) -> tuple[data.Split, data.Split, list[str]]:
-    """The images to train on and to validate on, on the CPU, and the class names."""
+) -> tuple[data.Split, data.Split, dict]:
+    """The images to train on and to validate on, on the CPU; contents as make_loaders()."""
     if not (args.holdout_per_class or data.has_test_images(args.dataset)):
         raise utils.UserError(
             f"{Path(args.dataset, 'val')} not found. Expected cifar100, digits, or a folder with "
@@ -445,8 +452,11 @@ def read_splits(
     with utils.barrier_after_download():
         if args.dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
             data.fetch_cifar100(args.data_dir)
+    parts = ["train"] if args.holdout_per_class else ["train", "test"]
+    data.require_memory(args, parts, device, processes.local_world_size)
     quiet = processes.rank > 0
-    train_split, classes = data.read_split(args, "train", device, quiet=quiet)
+    train_split, classes = data.read_split(args, "train", quiet=quiet)
+    contents = {"classes": classes, "dataset": data.identify(args, train_split)}
     counts = train_split.labels.bincount(minlength=len(classes))
     if counts.min() <= args.holdout_per_class:
         raise utils.UserError(
@@ -459,8 +469,8 @@ def read_splits(
     if args.holdout_per_class:
         val_split = train_split.select(holdout)
     else:
-        val_split, _ = data.read_split(args, "test", device, classes, quiet)
-    return train_split.select(train), val_split, classes
+        val_split, _ = data.read_split(args, "test", classes, quiet)
+    return train_split.select(train), val_split, contents
 
 
 def check_combinations(args: Namespace, world_size: int) -> None:
@@ -541,8 +551,12 @@ def report(args: Namespace, history: list[dict]) -> None:
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")
-    elsewhere = "" if path == Path(CHECKPOINT_DIR, "best.pt") else f" --checkpoint {path}"
-    utils.say("next", f"python evaluate.py{elsewhere}")
+    defaults = utils.read_constants(str(Path(__file__).with_name("evaluate.py")))
+    command = ["python", "evaluate.py"]
+    for name, value in (("CHECKPOINT", str(path)), ("DATA_DIR", args.data_dir)):
+        if value != defaults[name][0]:
+            command += [f"--{name.lower().replace('_', '-')}", value]
+    utils.say("next", shlex.join(command))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Na
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
     values. Two dicts of the script are used instead: ALLOWED gives the range (low, high) of a
-    constant, its choices [...], or the meaning of a string that must not be empty. With --demo,
+    constant, whole numbers unless low is a float, its choices [...], or the meaning of a string
+    that must not be empty. With --demo,
     DEMO_SETTINGS replaces the script's values; flags win over both. Returns the settings, with
     names in lower case, and those that differ from the script's. A bad flag ends the script with
     one line and exit status 2.
@@ -97,7 +98,9 @@ def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Na
         elif isinstance(value, list):
             options |= {"nargs": "+", "metavar": "PATH"}
         else:
-            options |= {"type": type(value), "metavar": type(value).__name__.upper()}
+            rule = allowed.get(name.lower())
+            kind = type(rule[0] if isinstance(rule, tuple) else value)  # GRAYSCALE = 0 is a float
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
 
     given = vars(parser.parse_args(argv))
@@ -115,11 +118,12 @@ def _check_setting(name: str, value: object, rule: tuple | list | str) -> None:
     """Refuses a value that is outside its range, not among its choices, or an empty string."""
     if isinstance(rule, tuple):
         low, high = rule
-        fits, expected = low <= value <= high, f"{low:,} to {high:,}"  # False for NaN too
+        kinds, expected = (int, type(low)), f"{low:,} to {high:,}"
+        fits = isinstance(value, kinds) and low <= value <= high  # False for NaN too
     elif isinstance(rule, list):
         fits, expected = value in rule, f"one of {', '.join(rule)}"
     else:
-        fits, expected = value != "", rule
+        fits, expected = isinstance(value, str) and value != "", rule
     if not fits:
         refuse_flag(name, value, expected)
 
@@ -215,6 +219,7 @@ class Processes(NamedTuple):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1  # processes on this machine
     restarts: int = 0  # how often torchrun has restarted the workers
     launcher: str = ""  # identifies one torchrun; unchanged when it restarts its workers
 
@@ -223,7 +228,7 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
     numbers = [int(os.environ[name]) for name in names]
     return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}")
 
@@ -248,7 +253,7 @@ def connect(processes: Processes, device: torch.device) -> None:
 
 @contextmanager
 def barrier_after_download() -> Iterator[None]:
-    """A barrier at the end of the block, with a timeout of an hour, against 10 minutes elsewhere.
+    """A barrier at the end of the block, with a timeout of an hour instead of the usual 10 minutes.
 
     Its process group is created before the block: a barrier fails when another process has died,
     whereas new_group() would go on waiting for it.
@@ -310,13 +315,13 @@ CONTENTS = {
     "epoch": int,  # epochs trained
     "constants": dict,  # of the run, overrides applied
     "precision": str,  # a key of DTYPES
-    "dataset": str,  # constant DATASET, in a key of its own since before it was one
+    "dataset": str,  # "cifar100", "digits", or the number and checksum of a folder's pictures
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher and the state of all else that training changes
 RUN_FILES = ("best.pt", "last.pt", "history.csv")
 # Constants that say where and how a run is done, not what it computes
-WHERE_AND_HOW = {"data_dir", "checkpoint_dir", "device", "log_every", "resume"}
+WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every", "resume"}
 
 
 @contextmanager
@@ -424,16 +429,15 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} cannot be used: {reason.splitlines()[0]}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
-    constants = {"dataset": checkpoint["dataset"]} | checkpoint["constants"]
-    return checkpoint | {"constants": with_defaults(constants)}
+    return checkpoint | {"constants": with_defaults(checkpoint)}
 
 
-def with_defaults(constants: dict) -> dict:
-    """A run's constants; one that is younger than the run has train.py's default."""
+def with_defaults(run: dict) -> dict:
+    """The constants of a run; one that is younger than the run has train.py's default."""
     own = read_constants(str(Path(__file__).with_name("train.py")))
     tables = ("ALLOWED", "DEMO_SETTINGS")
     defaults = {name.lower(): value for name, (value, _) in own.items() if name not in tables}
-    return defaults | constants
+    return defaults | {"dataset": run["dataset"]} | run["constants"]
 
 
 def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
@@ -462,11 +466,17 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
     return checkpoint
 
 
-def restore(checkpoint: dict, path: Path, parts: dict[str, object], classes: list[str]) -> None:
-    """Loads each part's state from the checkpoint. Raises UserError if it does not fit."""
+def restore(checkpoint: dict, path: Path, parts: dict[str, object], contents: dict) -> None:
+    """Loads each part's state from the checkpoint. Raises UserError if it does not fit.
+
+    contents: "classes" and "dataset" of the data, which must be those of the checkpoint.
+    """
     with explained_misfit(path):
-        if checkpoint["classes"] != classes:
+        if checkpoint["classes"] != contents["classes"]:
             raise ValueError("it was trained on other classes than the data set has now")
+        if checkpoint["dataset"] != contents["dataset"]:
+            was, now = checkpoint["dataset"], contents["dataset"]
+            raise ValueError(f"it was trained on other images: {was}; the data set has {now}")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         for parameter, state in parts["optimizer"].state.items():
@@ -575,7 +585,7 @@ def explained_exit(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
         raise UserError(f"stopped  the output pipe was closed.\n{what_is_safe()}") from None
     except FloatingPointError as error:
-        raise UserError(f"stopped  {error}. Try a lower one.\n{what_is_safe()}") from error
+        raise UserError(f"stopped  {error}.\n{what_is_safe()}") from error
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if "out of memory" in str(error):
             reason = f"GPU memory is exhausted: {memory_advice}."

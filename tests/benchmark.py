@@ -67,7 +67,7 @@ ALLOWED = {
     "STEPS": (0, 50_000),
     "WARMUP_STEPS": (0, 50_000),
     "REPEATS": (1, 1000),
-    "BUDGET_MINUTES": (0, 1e6),
+    "BUDGET_MINUTES": (0.0, 1e6),
     "DEVICE": ["auto", "cuda", "mps", "cpu"],
     "PRECISION": ["auto", "bf16", "fp16", "fp32"],
 }

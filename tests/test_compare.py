@@ -189,7 +189,7 @@ def test_views_and_hold_out_that_differ_are_noted_and_a_younger_constant_is_off(
     this["tta"], other["constants"]["holdout_per_class"] = True, 5
     held_out = this["constants"]["holdout_per_class"]
     other["constants"]["checkpoint_dir"] = "where it is kept changes nothing"
-    other["constants"] = utils.with_defaults(other["constants"])
+    other["constants"] = utils.with_defaults(other)
     predicted = np.array([int(row["predicted"]) for row in read_predictions(before)])
     logits = torch.eye(10)[torch.from_numpy(predicted)]
     result = evaluate.Result(data.read_digits("test")[0], logits[None], list("0123456789"))
@@ -322,11 +322,11 @@ def test_files_that_cannot_be_compared_are_one_line(classifier, before, tmp_path
     for name in FILES:
         (tmp_path / name).write_bytes((before / name).read_bytes())
     args = Namespace(compare=str(tmp_path), results_dir=str(tmp_path / "results"))
-    labels = data.read_digits("test")[0].labels.numpy()
-    assert evaluate.read_results(args, classifier, labels)["dataset"] == "digits"
+    test = evaluate.TestImages(data.read_digits("test")[0], "digits", selected=False)
+    assert evaluate.read_results(args, test)["dataset"] == "digits"
     spoil(tmp_path)
     with redirect_stderr(StringIO()) as stderr, pytest.raises(utils.UserError, match=reason) as end:
-        evaluate.read_results(args, classifier, labels)
+        evaluate.read_results(args, test)
     assert "\n" not in str(end.value) and "evaluate that checkpoint again" in str(end.value)
     assert not stderr.getvalue()
 

@@ -31,7 +31,7 @@ def write_pictures(folder: Path, split: data.Split, names: list[str]) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Zeros and ones at their original 8 pixels, enlarged: 12 to train on, 6 in val/, per class."""
+    """Zeros and ones: 12 to train on, 6 in val/, per class."""
     folder = tmp_path / "photos"
     for part, count in (("train", 12), ("val", 6)):
         digits, _ = data.read_digits("train" if part == "train" else "test")
@@ -43,7 +43,7 @@ def photos(tmp_path) -> Path:
 
 
 def read(folder: Path, size: int = 32, **options):
-    return data.read_folder(folder, size, CPU, **options)
+    return data.read_folder(folder, size, **options)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -148,11 +148,17 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, tmp_path):
     script = run_script("evaluate.py", *flags, "--compare", "before", cwd=tmp_path)
     assert script.status == 0, script.stderr
     metrics = json.loads((tmp_path / "results/metrics.json").read_text())
-    assert metrics["images"] == 12 and metrics["dataset"] == "photos"
+    assert metrics["images"] == 12 and metrics["dataset"].startswith("12 pictures, crc32 ")
     assert metrics["test_images_chose_checkpoint"] and metrics["comparison"]["difference"] == 0
     assert {"mistakes.png", "confusion_matrix.png"} <= {
         path.name for path in (tmp_path / "results").iterdir()
     }
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    (tmp_path / "other/val/one/00000.png").unlink()
+    shutil.copy(tmp_path / "moved/val/one/00001.png", tmp_path / "other/val/one/00000.png")
+    compare = [*flags[:-1], "other", "--compare", "before"]
+    script = run_script("evaluate.py", *compare, cwd=tmp_path)
+    assert script.status == 1 and "its data set is '12 pictures, crc32" in script.stderr
     script = run_script("evaluate.py", *flags, "--images", "moved/val", cwd=tmp_path)
     assert script.status == 0, script.stderr
     rows = (tmp_path / "results/pictures.csv").read_text().splitlines()
@@ -175,6 +181,27 @@ def test_folder_without_val_is_evaluated_on_its_hold_out(photos, tmp_path):
     assert metrics["loss"] == pytest.approx(metrics["history"][-1]["val_loss"], rel=1e-5)
 
 
+def test_run_goes_on_with_its_own_pictures_alone_wherever_they_are(photos, tmp_path):
+    shutil.rmtree(photos / "val")
+    flags = [*TINY, *SIZE, "--holdout-per-class", "3"]
+    script = run_script("train.py", *flags, "--dataset", "photos", "--epochs", "1", cwd=tmp_path)
+    assert script.status == 0, script.stderr
+    shutil.move(photos, tmp_path / "moved")
+    flags += ["--dataset", "moved", "--epochs", "2", "--resume"]
+    script = run_script("train.py", *flags, cwd=tmp_path)
+    assert script.status == 0 and "epoch    2/2" in script.stdout, script.stderr
+
+    one, *_, last = sorted((tmp_path / "moved/train/one").iterdir())
+    shutil.copy(one, last)  # as many pictures as before
+    script = run_script("train.py", *flags, cwd=tmp_path)
+    assert script.status == 1 and "it was trained on other images: 24 pictures" in script.stderr
+    flags = ["--checkpoint", "checkpoints/demo/best.pt", "--no-show", "--dataset"]
+    for other in ("moved", "digits"):
+        script = run_script("evaluate.py", *flags, other, cwd=tmp_path)
+        assert script.status == 1 and script.stderr.count("\n") == 1
+        assert f"{other} is not what checkpoints/demo/best.pt was trained on: 24" in script.stderr
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -186,8 +213,8 @@ def load_splits(folder: Path, **changed):
 
 def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
     shutil.rmtree(photos / "val" / "one")
-    _, val_split, classes = load_splits(photos)
-    assert classes == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
+    _, val_split, contents = load_splits(photos)
+    assert contents["classes"] == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
 
 
 def remove(*names: str):
@@ -205,11 +232,14 @@ def empty(name: str):
         (remove("train", "val"), {}, r"photos/val not found. Expected cifar100, digits, or a folder"),
         (remove("val"), {}, r"photos/val not found. .*without val/, --holdout-per-class 50"),
         (remove("train/one", "train/zero"), {}, r"photos/train: Couldn't find any class folder"),
-        (remove("train/one"), {}, r"photos/train: 12 pictures of 1 classes can be used"),
+        (remove("train/one"), {}, r"photos/train has 1 class, zero. Expected at least 2"),
         (lambda photos: (photos / "train/none").mkdir(), {}, "no valid file for the classes none"),
-        (empty("train/one"), {}, "Class one has 0 training images: expected more than"),
+        (empty("train/one"), {}, "train/one: none of its pictures can be decoded"),
+        (empty("val/zero"), {}, "val/zero: none of its pictures can be decoded"),
+        (lambda photos: (photos / "val/none").mkdir(), {}, "val: .*no valid file for the classes none"),
         (remove("val/one", "val/zero"), {}, "photos/val: Couldn't find any class folder"),
-        (lambda photos: (photos / "val/two").mkdir(), {}, "val/two is not one of the 2 classes"),
+        (lambda photos: (photos / "val/one").rename(photos / "val/two"), {},
+         "val/two is not one of the 2 classes"),
         (remove(), {"holdout_per_class": 12}, "Class one has 12 .* --holdout-per-class 12"),
     ],
 )  # fmt: skip
@@ -221,15 +251,22 @@ def test_folder_that_cannot_be_used_is_one_message(spoil, changed, message, phot
 
 
 def test_pictures_that_do_not_fit_into_memory_are_refused_with_the_numbers(photos, monkeypatch):
-    (photos / "train/one/00000.png").write_bytes(b"")  # it counts before it is found to be broken
-    free = {"cpu": 100_000, "cuda": 50_000}  # bytes, of 147,456 and 73,728 needed
+    """36 pictures at 100 pixels: 1.08 MB on the device, twice that on the host of each process."""
+    free = {"cpu": 4_000_000, "cuda": 1_000_000}
     monkeypatch.setattr(data, "free_memory", lambda device: free[device.type])
-    with pytest.raises(data.DataError, match=r"need 0.000147 GB .* 0.0001 GB are free \(cpu\)"):
-        read(photos / "train")
-    free["cpu"] = 200_000
-    with pytest.raises(data.DataError, match=r"need 7.37e-05 GB .* 5e-05 GB are free \(cuda\)"):
-        data.read_folder(photos / "train", 32, torch.device("cuda"))
-    assert len(read(photos / "train")[0].labels) == 23
+    args, parts = settings(dataset=str(photos), stored_size=100), ["train", "test"]
+    data.require_memory(args, parts, CPU)
+    with pytest.raises(data.DataError, match=r"The 36 pictures .* need 4.32 GB") as error:
+        monkeypatch.setattr(data, "free_memory", lambda device: 4e9)
+        data.require_memory(args, parts, CPU, processes=2000)
+    assert "only 4 GB are free (cpu). Train with a lower --stored-size" in str(error.value)
+    monkeypatch.setattr(data, "free_memory", lambda device: free[device.type])
+    with pytest.raises(data.DataError, match=r"need 0.00108 GB .* only 0.001 GB are free \(cuda\)"):
+        data.require_memory(args, parts, torch.device("cuda"))
+    data.require_memory(args, ["test"], torch.device("cuda"))
+    monkeypatch.setattr(data, "free_memory", lambda device: 0)
+    with pytest.raises(data.DataError):
+        load_splits(photos)
 
 
 def test_free_memory_is_what_the_system_says():

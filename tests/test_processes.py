@@ -77,7 +77,13 @@ def train_on_two_machines(command: str, folder: Path, *flags: str) -> str:
 
 def be_one_of_two() -> None:
     """What torchrun sets in the first process of two."""
-    names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+    names = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     os.environ |= names | {"TORCHELASTIC_RUN_ID": "run1"}
 
 

@@ -382,7 +382,13 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics_while_its_weights_train
 
 def be_one_of_two(rank: int, port: int) -> None:
     """What torchrun sets."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "TORCHELASTIC_RESTART_COUNT": 0}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
     names |= {"TORCHELASTIC_RUN_ID": "run1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | NO_NAMES
 
@@ -473,10 +479,14 @@ def test_too_few_images_to_mix_or_of_a_class_are_one_message():
     cpu = torch.device("cpu")
     for changed, processes, message in (
         ({"train_per_class": 1, "mixup": 1.0}, utils.Processes(world_size=8), "too few for 8"),
-        ({"holdout_per_class": 144}, utils.Processes(), "no training images of a class"),
+        (
+            {"holdout_per_class": 144},
+            utils.Processes(),
+            "Class . has 1.. training images: expected",
+        ),
     ):
         with pytest.raises(utils.UserError, match=message):
-            train.make_loaders("digits", settings(**changed), processes, cpu)
+            train.make_loaders(settings(dataset="digits", **changed), processes, cpu)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Saves:
         assert rows in (self.whole[1][2], self.whole[2][2])
 
         run, history = make_run(), [*last["history"]]
-        utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best["classes"])
+        utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best)
         best_epoch = train.best_epoch(history, "loss")["epoch"]
         assert best["epoch"] >= best_epoch, "best.pt is older than last.pt's best"
         if len(history) == 1:

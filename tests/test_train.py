@@ -185,7 +185,15 @@ def test_resume_refuses_other_constants_by_name(finished_run, flag, value, store
 def older_run(finished_run, tmp_path):
     """A finished run of two epochs from before train.py had these constants."""
     state = load(finished_run / "demo" / "last.pt")
-    for name in ("mixup", "label_smoothing", "ema_decay", "head_epochs", "schedule", "dataset"):
+    for name in (
+        "mixup",
+        "label_smoothing",
+        "ema_decay",
+        "head_epochs",
+        "schedule",
+        "dataset",
+        "stored_size",
+    ):
         del state["constants"][name]
     (tmp_path / "demo").mkdir()
     utils.save_checkpoint(tmp_path / "demo" / "last.pt", state)
@@ -279,7 +287,7 @@ def test_cifar100_trains_from_real_weights_on_the_real_images(
     assert script.status == 0, script.stderr
     assert "cifar100: 100 training and 100 validation images, 100 classes" in script.stdout
     assert "best.pt is selected on the test images" not in script.stdout
-    assert script.stdout.endswith("next     python evaluate.py\n")
+    assert script.stdout.endswith(f"next     python evaluate.py --data-dir {cifar100_dir}\n")
 
 
 @pytest.mark.slow

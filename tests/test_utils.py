@@ -19,7 +19,7 @@ NAME = "a"  # which
 FAST = False  # quickly
 PATHS = []  # some files
 DEMO = False  # try it
-ALLOWED = {"EPOCHS": (1, 100), "NAME": ["a", "b"], "RATE": (0, 1)}
+ALLOWED = {"EPOCHS": (1, 100), "NAME": ["a", "b"], "RATE": (0.0, 1)}
 DEMO_SETTINGS = {"EPOCHS": 2, "RATE": 0.5}
 """
 
@@ -36,6 +36,17 @@ def test_every_constant_is_a_flag_of_its_type(tmp_path):
     expected = {"epochs": 3, "rate": 0.01, "fast": True, "paths": ["x", "y"]}
     assert changed == expected and vars(args) == expected | {"name": "a", "demo": False}
     assert parse(tmp_path, "--no-fast")[1] == {}
+
+
+def test_edited_constant_keeps_its_type(tmp_path, capsys):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("RATE = 0.1 ", "RATE = 0 "))
+    args, _ = utils.parse_flags(str(tmp_path / "script.py"), ["--rate", "0.05"])
+    assert args.rate == 0.05
+    for wrong in ('"60"', "60.0"):
+        (tmp_path / "script.py").write_text(SCRIPT.replace("EPOCHS = 60 ", f"EPOCHS = {wrong} "))
+        with pytest.raises(SystemExit):
+            utils.parse_flags(str(tmp_path / "script.py"), [])
+        assert re.search(r"--epochs '?60(.0)?'?: expected 1 to 100", capsys.readouterr().err)
 
 
 def test_constant_that_is_no_literal_is_named(tmp_path):
