@@ -201,7 +201,7 @@ def _refuse_damaged_files(data_dir: str) -> None:
 
 
 def read_digits(part: str) -> tuple[Split, list[str]]:
-    """scikit-learn's 1,797 scanned 8 x 8 digits, enlarged to RGB 32 x 32; a fifth is for testing."""
+    """scikit-learn's 1,797 scans of digits, 8 x 8, as RGB 32 x 32; a fifth of them for testing."""
     from sklearn.datasets import load_digits  # slow to import, and only the demo needs it
     from sklearn.model_selection import train_test_split
 
@@ -265,14 +265,13 @@ def _part_folder(settings: Namespace, part: str) -> Path:
 def _list_pictures(folder: Path) -> ImageFolder:
     """The pictures and classes of a folder, none of them read yet. Raises DataError."""
     try:
-        layout = ImageFolder(folder)
+        return ImageFolder(folder)
     except OSError as error:
         raise DataError(
             f"{folder}: {error.strerror or error}\n"
             'Expected one sub-folder of pictures per class. --dataset is "cifar100", "digits" or a '
             "folder with train/ and val/"
         ) from error
-    return layout
 
 
 def require_memory(
@@ -328,7 +327,7 @@ def split_per_class(
     rng = np.random.default_rng(100)
     train, holdout = [], []
     for label in labels.unique():
-        members = rng.permutation(np.flatnonzero(labels.cpu().numpy() == label.item()))
+        members = rng.permutation(np.flatnonzero(labels.numpy() == label.item()))
         holdout.append(members[:holdout_per_class])
         rest = members[holdout_per_class:]
         train.append(rest[: train_per_class or len(rest)])
@@ -382,7 +381,8 @@ def draw_mixing(mixup: float, cutmix: float, count: int, size: int, seed: int) -
     """
     rng = np.random.default_rng(seed)
     cut = rng.random(count) < (0.5 if mixup and cutmix else bool(cutmix))
-    weight = rng.beta(*[np.where(cut, cutmix or 1, mixup or 1)] * 2)
+    alpha = np.where(cut, cutmix or 1, mixup or 1)
+    weight = rng.beta(alpha, alpha)
     center = rng.integers(size, size=(2, count))
     half = np.where(cut, np.sqrt(1 - weight) * size / 2, 0).astype(int)
     box = np.stack([(center - half).clip(0), (center + half).clip(max=size)], 2)  # (2, count, 2)
@@ -551,8 +551,8 @@ class TrainLoader:
 
     With mixup or CutMix, labels are class probabilities float32 (B, num_classes). The batch size is
     global: with several processes, each gets its slice, B = batch_size / world_size, of the same
-    permutation with the same augmentation. The last, incomplete batch is dropped; if there are fewer
-    images than a batch, it holds the largest even number per process.
+    permutation with the same augmentation. The last, incomplete batch is dropped; if there are
+    fewer images than a batch, it holds the largest even number per process.
     """
 
     unit = "epoch"  # what one pass is called

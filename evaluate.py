@@ -9,9 +9,9 @@
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
-index counts from 0 in the official test file, or in a folder's pictures by class and name, without
-those that were skipped; label and predicted are class numbers, and confidence is the softmax of the
-predicted class. Rows of a confusion matrix are true classes, columns are predicted classes.
+index counts the images from 0 in the order of the official test file, or those of a folder by class
+and name; label and predicted are class numbers, and confidence is the softmax of the predicted
+class. Rows of a confusion matrix are true classes, columns are predicted classes.
 """
 
 import csv
@@ -34,7 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor
@@ -571,7 +571,7 @@ def draw_mistakes(result: Result) -> Figure:
 
 
 def draw_pairs(result: Result) -> Figure:
-    """A row per confused pair: three images of each class, and between them those taken for the other."""
+    """A row per pair: three images of each class and, between them, three taken for the other."""
     names, strips, captions = result.classes, [], []
     size = result.images.shape[-1]
     gap = size // 16
@@ -633,7 +633,7 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
 def draw_curves(history: list[dict], constants: dict) -> Figure:
     """Loss and accuracy by epoch; marks the best epoch and where the learning rate dropped."""
     column = {name: [row[name] for row in history] for name in history[0]}
-    watch, cosine = constants["watch"], constants["schedule"] == "cosine"
+    watch, smooth = constants["watch"], constants["schedule"] != "plateau"
     epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
     best = watched.index(max(watched) if watch == "accuracy" else min(watched))
     figure = new_figure(11, 4.5)
@@ -642,18 +642,11 @@ def draw_curves(history: list[dict], constants: dict) -> Figure:
     for name, axes in panels.items():
         place = epochs[best], column[f"val_{name}"][best]
         axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
-        draw_learning_rate(axes, epochs, rates, cosine)
+        draw_learning_rate(axes, epochs, rates, smooth)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     handles = panels["loss"].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3)
     return figure
-
-
-class PlainLogFormatter(LogFormatter):
-    """Labels the same ticks as LogFormatter, but with 0.6 instead of 6e-01."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return super().__call__(x, pos) and f"{x:g}"
 
 
 def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **style) -> None:
@@ -667,8 +660,7 @@ def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **
             panels[name].plot(epochs, values, line, label=run + label, **style)
         panels[name].set_xlabel("epoch")
         panels[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels["loss"].set(ylabel="loss (cross-entropy, nats)", yscale="log")
-    panels["loss"].yaxis.set(major_formatter="{x:g}", minor_formatter=PlainLogFormatter())
+    panels["loss"].set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
     panels["accuracy"].set_ylabel("accuracy")
     panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
@@ -696,10 +688,10 @@ def draw_comparison(summary: dict) -> Figure:
     return figure
 
 
-def draw_learning_rate(axes: Axes, epochs: list, rates: list, cosine: bool) -> None:
-    """Draws a cosine schedule as a line, else marks where the learning rate changed."""
+def draw_learning_rate(axes: Axes, epochs: list, rates: list, smooth: bool) -> None:
+    """Draws a smooth schedule as a line; otherwise marks where the learning rate changed."""
     first = epochs.index(1) if 1 in epochs else 0  # epoch 0 trains the head, at a rate of its own
-    if cosine:
+    if smooth:
         right = axes.twinx()
         right.plot(epochs[first:], rates[first:], color="gray", linestyle=":")
         right.set(ylabel="learning rate (dotted)", ylim=(0, None))

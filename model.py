@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 from tqdm import tqdm
 
-ARCHITECTURE = "resnet50"  # or another ResNet, ResNeXt or RegNet of torchvision's
+ARCHITECTURE = "resnet50"  # or another ResNet or ResNeXt of torchvision's, with WEIGHTS to match
 
 
 class WeightsError(SystemExit):

@@ -2,7 +2,7 @@
 
     python train.py               trains; leaves the best epoch in checkpoints/best.pt
     python train.py --resume      continues an interrupted run from checkpoints/last.pt
-    python train.py --demo        a minute or two on a CPU, no download: scikit-learn's digits
+    python train.py --demo        about a minute on a CPU, no download: scikit-learn's digits
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
@@ -50,9 +50,9 @@ MOMENTUM = 0.9  # SGD momentum
 WEIGHT_DECAY = 5e-4  # SGD weight decay
 SCHEDULE = "plateau"  # "plateau": drops without improvement; "cosine": falls to zero by EPOCHS
 SCHEDULER_FACTOR = 0.1  # plateau: the learning rate is multiplied by this when it drops
-SCHEDULER_PATIENCE = 2  # plateau: epochs without improvement before the learning rate drops
+SCHEDULER_PATIENCE = 2  # plateau: after more epochs without improvement the learning rate drops
 WARMUP_EPOCHS = 0.0  # cosine: epochs, or a fraction of one, in which the rate rises from zero
-EARLY_STOPPING_PATIENCE = 7  # epochs without improvement before the run stops
+EARLY_STOPPING_PATIENCE = 7  # after this many epochs without improvement the run stops
 WATCH = "loss"  # what must improve, and what selects best.pt: validation "loss" or "accuracy"
 LABEL_SMOOTHING = 0.0  # share of each training label that is spread evenly over all classes
 EMA_DECAY = 0.0  # validate and save a moving average of the weights with this decay; 0 for none
@@ -60,7 +60,7 @@ FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, wi
 SEED = 0  # random seed: head initialization, image order, augmentation, dropout
 
 # Images
-STORED_SIZE = 0  # pixels per side at which a folder's pictures are kept; else 0: CIFAR-100 has 32
+STORED_SIZE = 0  # for a folder: pixels per side at which its pictures are stored; otherwise 0
 IMAGE_SIZE = 224  # pixels per side that the stored images are resized to for the network
 HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0 validates on the test images
 TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all
@@ -68,9 +68,9 @@ TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all
 # Augmentation; 0 leaves an operation out
 FLIP = 0.5  # probability of a horizontal flip
 CROP_PADDING = 4  # black pixels per side around the stored image before a random crop
-BRIGHTNESS = 0.2  # brightness is multiplied by 1 - this to 1 + this
-CONTRAST = 0.2  # contrast is multiplied by 1 - this to 1 + this
-SATURATION = 0.2  # saturation is multiplied by 1 - this to 1 + this
+BRIGHTNESS = 0.2  # brightness is multiplied by a factor from 1 - this to 1 + this
+CONTRAST = 0.2  # contrast is multiplied by a factor from 1 - this to 1 + this
+SATURATION = 0.2  # saturation is multiplied by a factor from 1 - this to 1 + this
 HUE = 0.05  # hues shift by up to this, in turns of the colour wheel; at most 0.5
 ROTATION = 10.0  # degrees of rotation, at most, in either direction
 GRAYSCALE = 0.05  # probability of becoming gray
@@ -87,8 +87,8 @@ LOG_EVERY = 20  # steps between readings of the loss, for the progress bar and t
 RESUME = False  # continue from CHECKPOINT_DIR/last.pt
 DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still win
 
-# Valid values: (low, high), whole numbers unless low is a float; a list of choices; or, for a string
-# that must not be empty, its meaning
+# Valid values: (low, high), whole numbers unless low is a float; a list of choices; or, for a
+# string that must not be empty, its meaning
 ALLOWED = {
     "DATASET": "cifar100, digits, or the path of a folder",
     "DATA_DIR": "the path of a folder",
@@ -158,8 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
 
     # Data, network and optimizer
-    train_loader, val_loader, val_labels, contents = make_loaders(args, processes, device)
-    classes = contents["classes"]
+    train_loader, val_loader, val_labels, data_facts = make_loaders(args, processes, device)
+    classes = data_facts["classes"]
     torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
     weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
     with utils.barrier_after_download():
@@ -169,21 +169,21 @@ def main(argv: list[str] | None = None) -> None:
 
     # The checkpoint's state, or a new run
     metadata = {"constants": vars(args), "precision": precision, "launcher": processes.launcher}
-    metadata |= contents
+    metadata |= data_facts
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
-        utils.restore(checkpoint, folder / "last.pt", run.parts(), contents)
+        utils.restore(checkpoint, folder / "last.pt", run.parts(), data_facts)
     elif processes.rank == 0:
         utils.move_aside(folder)
         utils.save_run(folder, metadata, run.parts(), history)
 
     def what_is_safe() -> str:
-        command = utils.resume_command(sys.argv[1:] if argv is None else argv)
-        epoch = history[-1]["epoch"] if history else 0
-        return f"epoch {epoch} is safe in {folder / 'last.pt'}; to continue: {command}"
+        saved = f"epoch {history[-1]['epoch']}" if history else "the start"
+        return f"{saved} is safe in {folder / 'last.pt'}"
 
-    advice = f"lower --batch-size {args.batch_size} or --image-size {args.image_size}"
-    with utils.explained_exit(what_is_safe, advice):
+    command = utils.resume_command(sys.argv[1:] if argv is None else argv)
+    advice = f"start again with a --batch-size below {args.batch_size}, or a lower --image-size"
+    with utils.explained_exit(what_is_safe, command, advice):
         first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
         while first + len(history) <= args.epochs and not should_stop(history, args):
             epoch = first + len(history)
@@ -271,7 +271,7 @@ def train_step(run: Run, images: Tensor, labels: Tensor, args: Namespace) -> tup
     with resnet.autocast(images.device, run.dtype):
         logits = run.network(images)
     loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -282,7 +282,6 @@ def train_step(run: Run, images: Tensor, labels: Tensor, args: Namespace) -> tup
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
-@torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average = decay * average + (1 - decay) * model, batch-norm statistics included."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
@@ -297,7 +296,7 @@ def learning_rate_at(run: Run, args: Namespace, epochs_done: float) -> float:
     """The learning rate after so many epochs, a fraction included.
 
     With the cosine schedule, a linear warm-up from zero and then one cosine to zero: Loshchilov &
-    Hutter 2017, arXiv 1608.03983. It depends on nothing else, so that a resumed run is exact.
+    Hutter 2017, arXiv 1608.03983. No state is kept for it, so that a resumed run is exact.
     """
     if args.schedule == "plateau":
         return run.optimizer.param_groups[0]["lr"]
@@ -316,8 +315,7 @@ def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namesp
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     total, start = len(loader) * loader.batch_size, time.perf_counter()
-    loss_sum = next(run.model.parameters()).new_zeros(())  # of batch means, on the device
-    correct_sum = loss_sum.clone()
+    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
     bar = utils.progress_bar(f"{loader.unit} {epoch}", total, unit="image")
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
         rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / len(loader))
@@ -328,24 +326,23 @@ def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namesp
         correct_sum += correct
         bar.update(loader.batch_size)
         if step % args.log_every == 0 or step == len(loader):
-            mean_loss = loss_sum.item() / step  # the only place where the host waits
+            mean_loss = loss_sum.item() / step  # of batch means; the loop's only synchronization
             require_finite(mean_loss, "training", f"{loader.unit} {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
     bar.close()
     seconds = time.perf_counter() - start
     sums = loss_sum * len(labels), correct_sum
     loss, accuracy = utils.mean_over_processes(*sums, count=len(loader) * len(labels))
-    row = {"learning_rate": learning_rate_at(run, args, epoch - 0.5)}
-    row |= {"train_loss": loss, "train_accuracy": accuracy}
-    return row | {"images_per_second": total / seconds}
+    row = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
+    return row | {"train_accuracy": accuracy, "images_per_second": total / seconds}
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     """Trains the head alone, on features of the frozen backbone; returns what an epoch returns.
 
     Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. The features of all
-    images, not augmented, are computed once and kept on the device. Mirrored views cost twice the
-    time and gave nothing certain.
+    images, not augmented, are computed once and kept on the device. (Those of mirrored images as
+    well took twice the time, without a measurable gain.)
     """
     start, mine = time.perf_counter(), slice(loader.rank, None, loader.world_size)
     local_batch_size = loader.batch_size // loader.world_size
@@ -356,7 +353,7 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     utils.sum_over_processes(features)  # every process needs those of all images
     head_settings = {"schedule": "cosine", "warmup_epochs": 0, "epochs": args.head_epochs}
     head_settings |= {"learning_rate": args.head_learning_rate, "ema_decay": 0, "compile": False}
-    head_settings |= {"seed": data.mix_seed(args.seed, 0) % 2**32, "mixup": 0, "cutmix": 0}
+    head_settings |= {"seed": data.mix_seed(args.seed, 0) % 2**32}
     head_args = Namespace(**vars(args) | head_settings)
     head_run = make_run(head_args, run.model.fc, "fp32")
     split = data.Split(features, loader.labels)
@@ -410,18 +407,18 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
     """Raises FloatingPointError, with the place in the run, if the loss is not finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the {kind} loss is {loss}: {place}, learning rate {rate:g}. Try a lower one"
+            f"the {kind} loss is {loss}: {place}, learning rate {rate:g}. Start with a lower one"
         )
 
 
 def make_loaders(
     args: Namespace, processes: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, dict]:
-    """The loaders, on the device; the labels of this process's validation images; contents.
+    """The loaders, on the device; the labels of this process's validation images; data_facts.
 
-    contents: what a checkpoint holds of the data, "classes" and "dataset".
+    data_facts: what a checkpoint stores about the data, "classes" and "dataset".
     """
-    train_split, val_split, contents = read_splits(args, processes, device)
+    train_split, val_split, data_facts = read_splits(args, processes, device)
     rank, world_size = processes.rank, processes.world_size
     sizes = len(train_split.labels), len(val_split.labels)
     if min(sizes[0] // 2, sizes[1]) < world_size:  # each trains on pairs of images
@@ -430,20 +427,20 @@ def make_loaders(
             f"{world_size} processes; see --holdout-per-class, --train-per-class"
         )
     counts = f"{sizes[0]:,} training and {sizes[1]:,} validation images"
-    utils.say("data", f"{args.dataset}: {counts}, {len(contents['classes'])} classes")
+    utils.say("data", f"{args.dataset}: {counts}, {len(data_facts['classes'])} classes")
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
     train_loader = data.TrainLoader(train_split.to(device), args, rank, world_size)
     val_split = val_split.select(slice(rank, None, world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.batch_size // world_size, args.image_size)
-    return train_loader, val_loader, val_split.labels, contents
+    return train_loader, val_loader, val_split.labels, data_facts
 
 
 def read_splits(
     args: Namespace, processes: utils.Processes, device: torch.device
 ) -> tuple[data.Split, data.Split, dict]:
-    """The images to train on and to validate on, on the CPU; contents as make_loaders()."""
+    """The images to train on and to validate on, on the CPU; data_facts as in make_loaders()."""
     if not (args.holdout_per_class or data.has_test_images(args.dataset)):
         raise utils.UserError(
             f"{Path(args.dataset, 'val')} not found. Expected cifar100, digits, or a folder with "
@@ -456,7 +453,7 @@ def read_splits(
     data.require_memory(args, parts, device, processes.local_world_size)
     quiet = processes.rank > 0
     train_split, classes = data.read_split(args, "train", quiet=quiet)
-    contents = {"classes": classes, "dataset": data.identify(args, train_split)}
+    data_facts = {"classes": classes, "dataset": data.identify(args, train_split)}
     counts = train_split.labels.bincount(minlength=len(classes))
     if counts.min() <= args.holdout_per_class:
         raise utils.UserError(
@@ -470,7 +467,7 @@ def read_splits(
         val_split = train_split.select(holdout)
     else:
         val_split, _ = data.read_split(args, "test", classes, quiet)
-    return train_split.select(train), val_split, contents
+    return train_split.select(train), val_split, data_facts
 
 
 def check_combinations(args: Namespace, world_size: int) -> None:
@@ -495,8 +492,8 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("batch_size", args.batch_size, expected)
     if not args.epochs and not args.head_epochs:
         utils.refuse_flag("epochs", args.epochs, "1 or more without --head-epochs")
-    if args.warmup_epochs and args.schedule != "cosine":
-        utils.refuse_flag("warmup_epochs", args.warmup_epochs, "0 without --schedule cosine")
+    if args.warmup_epochs and args.schedule == "plateau":
+        utils.refuse_flag("warmup_epochs", args.warmup_epochs, "0 with --schedule plateau")
     if args.epochs and args.warmup_epochs >= args.epochs:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
@@ -506,8 +503,8 @@ def describe(
 ) -> None:
     """Prints the size of the model and, without a GPU, how long an epoch and the head take.
 
-    That is estimated from a timed forward pass: a training step costs about three of them, the
-    head one per image.
+    That is estimated from a timed forward pass: a training step costs about three of them per
+    image, training the head one.
     """
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     source = args.weights or "random weights"
@@ -526,8 +523,10 @@ def describe(
         seconds = per_image * (passes * trained + len(val_loader.images))
         return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
 
-    alone = f"the head alone about {duration(1)}: --head-epochs 20 --epochs 0"
-    utils.say("note", f"no GPU in use: an epoch takes about {duration(3)} here; {alone}")
+    note = f"no GPU in use: an epoch takes about {duration(3)} here"
+    if args.weights and args.epochs:
+        note += f"; the head alone about {duration(1)}: --head-epochs 20 --epochs 0"
+    utils.say("note", note)
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:

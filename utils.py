@@ -74,10 +74,9 @@ def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Na
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
     values. Two dicts of the script are used instead: ALLOWED gives the range (low, high) of a
     constant, whole numbers unless low is a float, its choices [...], or the meaning of a string
-    that must not be empty. With --demo,
-    DEMO_SETTINGS replaces the script's values; flags win over both. Returns the settings, with
-    names in lower case, and those that differ from the script's. A bad flag ends the script with
-    one line and exit status 2.
+    that must not be empty. With --demo, DEMO_SETTINGS replaces the script's values; flags win over
+    both. Returns the settings, with names in lower case, and those that differ from the script's.
+    A bad flag ends the script with one line and exit status 2.
     """
     constants = read_constants(script)
     allowed, demo_settings = (
@@ -443,7 +442,7 @@ def with_defaults(run: dict) -> dict:
 def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
     """The checkpoint that this run continues: with --resume, or after torchrun restarted it.
 
-    Raises UserError if a constant differs, except for those in may_change.
+    Raises UserError if a constant differs that determines what a run computes.
     """
     restarted = processes.restarts > 0 and path.exists()
     if not (args.resume or restarted):
@@ -452,12 +451,12 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
     if not args.resume and checkpoint.get("launcher") != processes.launcher:
         return None  # of an earlier run: torchrun restarted this one before its first save
     may_change = WHERE_AND_HOW | {"epochs", "scheduler_patience", "early_stopping_patience"}
-    if args.schedule == "cosine":
-        may_change.remove("epochs")  # the cosine reaches zero there: another number moves the curve
+    if args.schedule != "plateau":
+        may_change.remove("epochs")  # the curve ends there: another number would move it
     for name, value in vars(args).items():
         stored = checkpoint["constants"].get(name)
         if value != stored and name not in may_change:
-            reason = ", where its cosine schedule ends" if name == "epochs" else ""
+            reason = f", where its {args.schedule} schedule ends" if name == "epochs" else ""
             raise UserError(
                 f"{path} was trained with {name.upper()} = {stored!r}{reason}, "
                 f"now it is {value!r}.\n"
@@ -466,16 +465,16 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
     return checkpoint
 
 
-def restore(checkpoint: dict, path: Path, parts: dict[str, object], contents: dict) -> None:
+def restore(checkpoint: dict, path: Path, parts: dict[str, object], data_facts: dict) -> None:
     """Loads each part's state from the checkpoint. Raises UserError if it does not fit.
 
-    contents: "classes" and "dataset" of the data, which must be those of the checkpoint.
+    data_facts: "classes" and "dataset", which must be those of the checkpoint.
     """
     with explained_misfit(path):
-        if checkpoint["classes"] != contents["classes"]:
+        if checkpoint["classes"] != data_facts["classes"]:
             raise ValueError("it was trained on other classes than the data set has now")
-        if checkpoint["dataset"] != contents["dataset"]:
-            was, now = checkpoint["dataset"], contents["dataset"]
+        if checkpoint["dataset"] != data_facts["dataset"]:
+            was, now = checkpoint["dataset"], data_facts["dataset"]
             raise ValueError(f"it was trained on other images: {was}; the data set has {now}")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -483,7 +482,8 @@ def restore(checkpoint: dict, path: Path, parts: dict[str, object], contents: di
             for value in state.values():  # whose shapes torch does not check
                 if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
                     raise ValueError("the optimizer's state has other shapes than the model")
-    say("resume", f"{path}, after epoch {checkpoint['epoch']}")
+    place = f"after epoch {checkpoint['epoch']}" if checkpoint["history"] else "at its start"
+    say("resume", f"{path}, {place}")
 
 
 @contextmanager
@@ -561,16 +561,21 @@ class _Terminated(BaseException):
 
 @contextmanager
 def explained_exit(
-    what_is_safe: Callable[[], str], memory_advice: str = "another program may be using it"
+    what_is_safe: Callable[[], str],
+    how_to_continue: str = "",
+    memory_advice: str = "another program may be using it",
 ) -> Iterator[None]:
     """Ends the script with a message instead of a traceback when a run is cut short.
 
-    That is Ctrl-C and SIGTERM (exit status 130 and 143), a closed output pipe, a loss that is not
-    finite, exhausted GPU memory, a GPU that fails.
+    That is Ctrl-C and SIGTERM (exit status 130 and 143), a closed output pipe, a GPU that fails;
+    and, where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
     """
 
     def terminate(signum: int, frame: object) -> None:
         raise _Terminated
+
+    def state() -> str:
+        return what_is_safe() + (f"; to continue: {how_to_continue}" if how_to_continue else "")
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -579,16 +584,16 @@ def explained_exit(
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
         if this_process().rank == 0:
-            print(f"\nstopped  {what_is_safe()}", file=sys.stderr, flush=True)
+            print(f"\nstopped  {state()}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
-        raise UserError(f"stopped  the output pipe was closed.\n{what_is_safe()}") from None
+        raise UserError(f"stopped  the output pipe was closed.\n{state()}") from None
     except FloatingPointError as error:
         raise UserError(f"stopped  {error}.\n{what_is_safe()}") from error
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if "out of memory" in str(error):
-            reason = f"GPU memory is exhausted: {memory_advice}."
+            text = f"GPU memory is exhausted: {memory_advice}.\n{what_is_safe()}"
         else:
-            reason = f"the GPU failed: {str(error).splitlines()[0]}"
-        raise UserError(f"stopped  {reason}\n{what_is_safe()}") from error
+            text = f"the GPU failed: {str(error).splitlines()[0]}\n{state()}"
+        raise UserError(f"stopped  {text}") from error

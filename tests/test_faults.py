@@ -170,7 +170,8 @@ def test_training_loss_that_is_not_finite_stops_the_run(tmp_path):
     flags = ["--batch-size", "4", "--learning-rate", "1000", "--weight-decay", "1000"]
     script = run_script("train.py", *RUN, *flags, "--log-every", "4", cwd=tmp_path)
     assert_explained(script, "the training loss is", "epoch 1", "by step 4,", "rate 1000")
-    assert "epoch 0 is safe in demo/last.pt" in script.stderr
+    assert "the start is safe in demo/last.pt" in script.stderr
+    assert "--resume" not in script.stderr  # which would repeat it
     assert_whole(tmp_path / "demo")
 
 
@@ -179,7 +180,8 @@ def test_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
     flags = ["--batch-size", "40", "--learning-rate", "1000", "--weight-decay", "1000"]
     script = run_script("train.py", *RUN, *flags, cwd=tmp_path)
     assert_explained(script, "the validation loss is", "epoch 1, learning rate 1000")
-    assert "epoch 0 is safe in demo/last.pt" in script.stderr
+    assert "the start is safe in demo/last.pt" in script.stderr
+    assert "--resume" not in script.stderr  # which would repeat it
     last = load(tmp_path / "demo" / "last.pt")
     assert all(np.isfinite(row["val_loss"]) for row in last["history"])
     assert all(tensor.isfinite().all() for tensor in last["model"].values())

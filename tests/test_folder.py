@@ -213,8 +213,8 @@ def load_splits(folder: Path, **changed):
 
 def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
     shutil.rmtree(photos / "val" / "one")
-    _, val_split, contents = load_splits(photos)
-    assert contents["classes"] == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
+    _, val_split, data_facts = load_splits(photos)
+    assert data_facts["classes"] == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
 
 
 def remove(*names: str):

@@ -248,3 +248,23 @@ def test_a_driver_that_torch_cannot_use_is_not_called_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)  # no such GPU to try it on
     with pytest.raises(utils.UserError, match="There is a GPU, but .* driver .* is too old"):
         utils.choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "GPU memory is exhausted: less.\nall safe"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "exhausted: less.\nall safe"),
+        (
+            torch.AcceleratorError("CUDA error: unspecified"),
+            "failed: .*\nall safe; to continue: go",
+        ),
+        (FloatingPointError("the loss is nan"), "the loss is nan.\nall safe"),
+    ],
+)
+def test_failing_gpu_is_explained_and_continued_only_where_that_can_help(error, message):
+    with (
+        pytest.raises(utils.UserError, match=f"^stopped  .*{message}$"),
+        utils.explained_exit(lambda: "all safe", "go", "less"),
+    ):
+        raise error
