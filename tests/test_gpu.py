@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from fake_gpu import FakeGPU, fake_gpu
+from scripts import CLASSIC
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -33,7 +34,7 @@ def train_one_epoch(argv: list[str]) -> None:
 
 
 # 240 images and every augmentation; the loss is read at the end of an epoch only.
-FLAGS = "--demo --epochs 2 --train-per-class 24 --holdout-per-class 12 --flip 0.5"
+FLAGS = f"--demo {CLASSIC} --epochs 2 --train-per-class 24 --holdout-per-class 12 --flip 0.5"
 FLAGS += " --log-every 1000 --no-compile"
 STEPS = {"120": 2, "60": 4}  # per epoch, with these batch sizes
 RUN = "{flags} --batch-size {size} --checkpoint-dir {size}"

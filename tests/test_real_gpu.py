@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import CLASSIC, ROOT
 from test_gpu import RECIPES
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -22,8 +22,8 @@ import evaluate
 import train
 import utils
 
-SMALL = "--demo --train-per-class 24 --learning-rate 0.005"
-FULL_SIZE = "--demo --image-size 224 --batch-size 128"
+SMALL = f"--demo {CLASSIC} --train-per-class 24 --learning-rate 0.005"
+FULL_SIZE = f"--demo {CLASSIC} --image-size 224 --batch-size 128"
 
 slow, gpu = pytest.mark.slow, pytest.mark.gpu
 DEVICES = [pytest.param("cpu", marks=slow), pytest.param("cuda", marks=gpu)]
