@@ -251,7 +251,10 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     network = wrap_network(model, args.compile)
-    average = copy.deepcopy(model) if args.ema_decay else None
+    average = None
+    if args.ema_decay:  # the same modules, with tensors of their own that need no gradients
+        tensors = [*model.parameters(), *model.buffers()]
+        average = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors})
     dtype = utils.DTYPES[precision]
     return Run(model, network, average, optimizer, scheduler, scaler, dtype)
 

@@ -38,7 +38,6 @@ class FakeGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_fallback_kernels=False)
-        self.fake.__deepcopy__ = lambda memo: self.fake  # copied with each tensor of a model
         self.arithmetic = {}  # "addmm in float32": the first line that did it
         self.transfers = Counter()  # what copies or makes the host wait, as "... at train.py:7"
         self.problems = []  # what a GPU would refuse, or should not be asked to do, likewise
