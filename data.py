@@ -172,7 +172,7 @@ def _download_cifar100(scratch: str, data_dir: str) -> None:
         socket.setdefaulttimeout(default_timeout)
     reasons = "\n".join(failures)
     raise DataError(
-        f"CIFAR-100 could not be downloaded. Put its official files into "
+        "CIFAR-100 could not be downloaded. Put its official files train, test and meta into "
         f"{Path(data_dir, CIFAR100.base_folder)}, or try without any: python train.py --demo\n"
         f"{reasons}"
     )

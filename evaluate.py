@@ -110,6 +110,8 @@ class Classifier:
         name, precision = utils.device_name(self.device), self.checkpoint["precision"]
         utils.say("device", f"{name}, {precision}")
         utils.say("model", f"{self.path}, epoch {self.checkpoint['epoch']}")
+        if self.tta and not self.constants["flip"]:
+            utils.say("note", "trained with FLIP = 0: mirror images may lower the accuracy")
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
@@ -481,8 +483,8 @@ def write_tables(result: Result, summary: dict, folder: Path) -> None:
 
 def write_pictures(result: Result, summary: dict, folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
-    optional = ["superclass_confusion_matrix", "most_confused", "mistakes", "training_curves"]
-    figures = dict.fromkeys([*optional, "comparison"])
+    optional = ["most_confused", "mistakes", "training_curves"]
+    figures = dict.fromkeys([*optional, "superclass_confusion_matrix", "comparison"])
     figures["confusion_matrix"] = draw_matrix(result.matrix, result.classes, result.superclasses)
     figures["per_class"] = draw_f1(result.f1)
     figures["reliability"] = draw_reliability(result.bins)
@@ -735,7 +737,8 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
         ranks = range(1, len(rows[0]) // 2 + 1)
         header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
         write_csv(table, ["file", *header], rows)
-        draw_tiles(images[:24], titles[:24], columns=4, width=2.5).savefig(picture, dpi=150)
+        figure = draw_tiles(images[:24], titles[:24], columns=4, width=2.5)
+        figure.savefig(picture, dpi=150, bbox_inches="tight")
     seen = f"the first {len(titles[:24])} as the network sees them"
     utils.say("results", f"{table}; {picture}: {seen}")
     return picture

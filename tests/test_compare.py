@@ -377,7 +377,7 @@ def test_pictures_csv_has_what_is_printed(checkpoints, photo):
     assert first == second and first.pop("file") == str(photo)
     assert list(first)[:3] == ["class_1", "probability_1", "class_2"] and len(first) == 10
     shares = [float(first[f"probability_{rank}"]) for rank in range(1, 6)]
-    assert shares == sorted(shares, reverse=True) and 0.99 < sum(shares) <= 1.0001
+    assert shares == sorted(shares, reverse=True) and 0.5 <= sum(shares) <= 1.0001  # 5 of 10
     lines = printed.splitlines()[printed.splitlines().index(str(photo)) + 1 :][:5]
     assert [line.split() for line in lines] == [
         [f"{100 * share:.2f}", "%", first[f"class_{rank}"]] for rank, share in enumerate(shares, 1)
