@@ -37,12 +37,16 @@ def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
     with torch.no_grad():
         features = resnet.extract_features(model, loader, torch.float32)
         features = model.fc[0](features).relu()
+        # Those of a hardly trained network are almost equal: the solver needs them standardized.
+        mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
         for count in (60, 300):
             fit = LogisticRegression(C=1e4, max_iter=1000).fit(
-                features[:count], train.labels[:count]
+                (features[:count] - mean) / scale, train.labels[:count]
             )
-            model.fc[3].weight.copy_(torch.from_numpy(fit.coef_))
-            model.fc[3].bias.copy_(torch.from_numpy(fit.intercept_))
+            model.fc[3].weight.copy_(torch.from_numpy(fit.coef_) / scale)
+            model.fc[3].bias.copy_(
+                torch.from_numpy(fit.intercept_) - model.fc[3].weight.double() @ mean.double()
+            )
             state["model"] = model.state_dict()
             state["constants"]["learning_rate"] = count / 1000
             utils.save_checkpoint(folder / f"{count}.pt", state)
@@ -377,7 +381,7 @@ def test_pictures_csv_has_what_is_printed(checkpoints, photo):
     assert first == second and first.pop("file") == str(photo)
     assert list(first)[:3] == ["class_1", "probability_1", "class_2"] and len(first) == 10
     shares = [float(first[f"probability_{rank}"]) for rank in range(1, 6)]
-    assert shares == sorted(shares, reverse=True) and 0.5 <= sum(shares) <= 1.0001  # 5 of 10
+    assert shares == sorted(shares, reverse=True) and 0.99 < sum(shares) <= 1.0001
     lines = printed.splitlines()[printed.splitlines().index(str(photo)) + 1 :][:5]
     assert [line.split() for line in lines] == [
         [f"{100 * share:.2f}", "%", first[f"class_{rank}"]] for rank, share in enumerate(shares, 1)
