@@ -3,7 +3,9 @@
 import argparse
 import ast
 import csv
+import ctypes
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -153,7 +155,23 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds none here. Try --device auto"
         )
-    return torch.device("cpu" if name == "auto" else name)
+    device = torch.device("cpu" if name == "auto" else name)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc use freed memory again, as torch does on a GPU: mallopt(3). Others do nothing.
+
+    By default it returns large blocks to the system, which clears every page before it hands it out
+    again: up to a seventh of a training step's time and two fifths of a forward pass's.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def _set_up_gpu(local_rank: int) -> torch.device:

@@ -1,6 +1,9 @@
 """Flags, early stopping, precision: what needs no training."""
 
+import platform
 import re
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -230,6 +233,28 @@ def test_precision_follows_the_hardware(device, native, precision, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("kept", [True, False])
+def test_on_a_cpu_freed_memory_is_used_again(kept):
+    script = f"""
+import resource, torch, utils
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+if {kept}:
+    utils.choose_device("cpu")
+for _ in range(10):
+    faults()
+print(faults() * resource.getpagesize())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    cleared = int(done.stdout)
+    assert cleared < 2**20 if kept else cleared > 2**25
+
+
 def test_a_gpu_that_is_asked_for_and_missing_is_an_error():
     assert utils.choose_device("auto").type == "cpu"
     with pytest.raises(utils.UserError, match="--device cuda: torch .* finds none here"):
