@@ -121,10 +121,18 @@ def extract_features(
     return predict(backbone, loader, dtype, progress).to(model.fc[0].weight.dtype)
 
 
+def freeze_stages(model: nn.Module, count: int) -> None:
+    """Makes the stem and the first count of the four stages constant; 0 freezes nothing."""
+    if count:
+        stem_and_stages = list(model.children())[: 4 + count]  # conv1, bn1, relu, maxpool, layer1
+        nn.ModuleList(stem_and_stages).requires_grad_(False)
+
+
 def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
-    """Like network.train(), but frozen batch norm stays in eval mode: it keeps its statistics."""
+    """Like network.train(), but batch norm that is frozen or in a frozen stage stays in eval mode:
+    it keeps its statistics.
+    """
     network.train()
-    if freeze_batch_norm:
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train(module.weight.requires_grad and not freeze_batch_norm)

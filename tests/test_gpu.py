@@ -44,7 +44,7 @@ STAGES = {
     "evaluate": (evaluate.main, "--checkpoint {size}/best.pt --tta --no-show"),
 }
 RECIPES = "--head-epochs 2 --schedule cosine --warmup-epochs 0.5 --label-smoothing 0.1"
-RECIPES += " --mixup 0.2 --cutmix 1 --ema-decay 0.99 --freeze-batch-norm"
+RECIPES += " --mixup 0.2 --cutmix 1 --ema-decay 0.99 --freeze-stages 1 --freeze-batch-norm"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

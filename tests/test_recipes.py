@@ -33,7 +33,7 @@ MIXING = {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1}
 RECIPES = {"weights": "start.pth", "head_epochs": 2, "ema_decay": 0.9} | COSINE | MIXING
 RUNS = {
     "averaged": RECIPES,
-    "frozen": RECIPES | {"ema_decay": 0.0, "freeze_batch_norm": True},
+    "frozen": RECIPES | {"ema_decay": 0.0, "freeze_stages": 2, "freeze_batch_norm": True},
     "head": {"weights": "start.pth", "head_epochs": 2, "epochs": 0},
 }
 
@@ -380,6 +380,17 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics_while_its_weights_train
         assert torch.equal(x, before[name]) == (frozen and is_statistic), name
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_frozen_stages_keep_weights_and_statistics_while_the_others_change(count):
+    args, run, loader = small_run()
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    resnet.freeze_stages(run.model, count)
+    train.train_one_epoch(run, loader, 1, args)
+    constant = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")[: 2 + count if count else 0]
+    for name, x in run.model.state_dict().items():
+        assert torch.equal(x, before[name]) == (name.split(".")[0] in constant), name
+
+
 def be_one_of_two(rank: int, port: int) -> None:
     """What torchrun sets."""
     names = {
@@ -439,10 +450,12 @@ EDGES = {
     "ema-decay": "-0.1 1 nan x",
     "mixup": "-0.1 101 nan inf x",
     "cutmix": "-0.1 101 nan inf x",
+    "freeze-stages": "-1 5 1.5 x",
     "freeze-batch-norm": "1",
 }
 TOGETHER = [
     ({"epochs": 0}, 1, "--epochs 0: expected 1 or more without --head-epochs"),
+    ({"freeze_stages": 1, "weights": ""}, 1, "--freeze-stages 1: expected 0 with random weights"),
     ({"warmup_epochs": 1.0}, 1, "--warmup-epochs 1.0: expected 0 with --schedule plateau"),
     (COSINE | {"warmup_epochs": 2.0}, 1, "--warmup-epochs 2.0: expected less than 2 epochs"),
     ({"mixup": 1.0, "batch_size": 7}, 1, "--batch-size 7: expected an even number of images per "),
