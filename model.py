@@ -129,9 +129,7 @@ def freeze_stages(model: nn.Module, count: int) -> None:
 
 
 def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
-    """Like network.train(), but batch norm that is frozen or in a frozen stage stays in eval mode:
-    it keeps its statistics.
-    """
+    """Like network.train(), but batch norm keeps its statistics if it, or its stage, is frozen."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
