@@ -775,6 +775,6 @@ def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str,
 if __name__ == "__main__":
     with utils.explained_exit(
         lambda: "the results are incomplete, run it again; checkpoints are untouched",
-        "free it of other programs, or use --device cpu",
+        memory_advice="free it of other programs, or use --device cpu",
     ):
         main()

@@ -128,6 +128,16 @@ def test_signal_before_the_first_epoch_says_so(tmp_path):
     assert_explained(script, "stopped  before the first epoch", status=143)
 
 
+def test_signal_during_an_evaluation_says_what_it_leaves(finished_run, tmp_path):
+    link_run(finished_run, tmp_path)
+    script = Script("evaluate.py", "--checkpoint", "demo/best.pt", "--no-show", cwd=tmp_path)
+    script.wait_for("device")
+    script.send(signal.SIGTERM)
+    assert script.wait() == 143
+    message = "stopped  the results are incomplete, run it again; checkpoints are untouched"
+    assert script.stderr.splitlines() == ["", message]
+
+
 # ---- full disks, other runs ---------------------------------------------------------------------
 
 
