@@ -56,7 +56,7 @@ EARLY_STOPPING_PATIENCE = 7  # after this many epochs without improvement the ru
 WATCH = "loss"  # what must improve, and what selects best.pt: validation "loss" or "accuracy"
 LABEL_SMOOTHING = 0.0  # share of each training label that is spread evenly over all classes
 EMA_DECAY = 0.0  # validate and save a moving average of the weights with this decay; 0 for none
-FREEZE_STAGES = 0  # the stem and this many of the four stages keep their pretrained weights
+FREEZE_STAGES = 0  # the stem and this many of the four stages keep their initial weights
 FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, without updating them
 SEED = 0  # random seed: head initialization, image order, augmentation, dropout
 
@@ -504,8 +504,6 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("batch_size", args.batch_size, expected)
     if not args.epochs and not args.head_epochs:
         utils.refuse_flag("epochs", args.epochs, "1 or more without --head-epochs")
-    if args.freeze_stages and not args.weights:
-        utils.refuse_flag("freeze_stages", args.freeze_stages, "0 with random weights")
     if args.warmup_epochs and args.schedule == "plateau":
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, "0 with --schedule plateau")
     if args.epochs and args.warmup_epochs >= args.epochs:

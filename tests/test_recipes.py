@@ -455,7 +455,6 @@ EDGES = {
 }
 TOGETHER = [
     ({"epochs": 0}, 1, "--epochs 0: expected 1 or more without --head-epochs"),
-    ({"freeze_stages": 1, "weights": ""}, 1, "--freeze-stages 1: expected 0 with random weights"),
     ({"warmup_epochs": 1.0}, 1, "--warmup-epochs 1.0: expected 0 with --schedule plateau"),
     (COSINE | {"warmup_epochs": 2.0}, 1, "--warmup-epochs 2.0: expected less than 2 epochs"),
     ({"mixup": 1.0, "batch_size": 7}, 1, "--batch-size 7: expected an even number of images per "),
