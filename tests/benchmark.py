@@ -14,7 +14,8 @@ The variants take turns, in reverse order every other time. A turn starts with w
 the timing; workers start in them, and have images left to prepare until the timing has ended, so
 that as many batches are prepared within it as are used. On a slow machine there are fewer turns,
 three at least, with fewer steps, to stay within the budget. cuDNN's search for fast algorithms is
-on for all, and on a CPU freed memory is kept for all. Without CIFAR-100 in --data-dir the pixels are random: the speed does not depend on them.
+on for all, and on a CPU all keep freed memory (utils.choose_device). Without CIFAR-100 in
+--data-dir the pixels are random: the speed does not depend on them.
 """
 
 import json

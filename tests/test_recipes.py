@@ -53,6 +53,7 @@ def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed
     network.fc = resnet.Head(512, 10)
     network.fc[2].p = 0.0
     randomize_statistics(network)
+    resnet.freeze_stages(network, args.freeze_stages)
     network.to(dtype).conv1.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
     loader = data.TrainLoader(
         data.read_digits("train")[0].select(slice(16)), args, rank, world_size
@@ -382,9 +383,8 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics_while_its_weights_train
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_frozen_stages_keep_weights_and_statistics_while_the_others_change(count):
-    args, run, loader = small_run()
+    args, run, loader = small_run(freeze_stages=count)
     before = {name: x.clone() for name, x in run.model.state_dict().items()}
-    resnet.freeze_stages(run.model, count)
     train.train_one_epoch(run, loader, 1, args)
     constant = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")[: 2 + count if count else 0]
     for name, x in run.model.state_dict().items():
@@ -412,7 +412,8 @@ def work(path: Path) -> None:
     processes = utils.this_process()
     utils.connect(processes, torch.device("cpu"))
     rank, world_size = processes.rank, processes.world_size
-    recipes = RECIPES | {"freeze_batch_norm": True, "batch_size": 4, "learning_rate": 0.001}
+    recipes = RECIPES | {"batch_size": 4, "learning_rate": 0.001}
+    recipes |= {"freeze_batch_norm": True, "freeze_stages": 1}
     args, run, loader = small_run(rank, world_size, **recipes)
     test = data.read_digits("test")[0].select(slice(rank, 31, world_size))
     rows = [train.train_head(run, loader, args)]
