@@ -114,6 +114,8 @@ def _run(path: str, args: tuple, cwd: str, streams: list[str], prepare) -> None:
     os.chdir(cwd)
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    # A shell's background job inherits a SIGINT that is ignored; what tests start gets Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [path, *args]
     sys.path.insert(0, str(ROOT))
     if prepare:
