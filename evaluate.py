@@ -37,7 +37,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 from sklearn import metrics
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import Lambda
+from torchvision.transforms.v2.functional import horizontal_flip
 
 import data
 import model as resnet
@@ -63,6 +65,8 @@ ALLOWED = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    if utils.this_process().rank:
+        return  # under torchrun the first process evaluates
     args, _ = utils.parse_flags(__file__, argv)
     folder = Path(args.results_dir)
     classifier = Classifier(args)
@@ -115,10 +119,12 @@ class Classifier:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
-        views = [images, images.flip(3)] if self.tta else [images]
-        loaders = [data.EvalLoader(view.to(self.device), *self.sizes) for view in views]
+        loader = data.EvalLoader(images.to(self.device), *self.sizes)
+        networks = [self.model]
+        if self.tta:  # mirrored batch by batch: the device holds the images once
+            networks.append(nn.Sequential(Lambda(horizontal_flip), self.model))
         progress = utils.on_terminal()
-        logits = [resnet.predict(self.model, loader, self.dtype, progress) for loader in loaders]
+        logits = [resnet.predict(network, loader, self.dtype, progress) for network in networks]
         if not torch.cat(logits).isfinite().all():
             raise utils.UserError(f"{self.path}: its predictions are not finite. Train it again")
         return torch.stack(logits).cpu()
@@ -253,15 +259,15 @@ def count_superclasses(result: Result) -> np.ndarray:
 
 def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
     """Pairs of confused classes, most mistakes first; "true" is the class mistaken more often."""
-    pairs = []
-    for a in range(len(classes)):
-        for b in range(a):
-            true, other = (a, b) if matrix[a, b] > matrix[b, a] else (b, a)
-            images, other_way = matrix[true, other].item(), matrix[other, true].item()
-            if images:
-                names = {"true": classes[true], "taken_for": classes[other]}
-                pairs.append(names | {"images": images, "other_way": other_way})
-    return sorted(pairs, key=lambda pair: -pair["images"] - pair["other_way"])
+    a, b = np.tril_indices(len(classes), -1)
+    true, other = np.where(matrix[a, b] > matrix[b, a], (a, b), (b, a))
+    order = np.argsort(-matrix[true, other] - matrix[other, true], kind="stable")
+    return [
+        {"true": classes[i], "taken_for": classes[j]}
+        | {"images": matrix[i, j].item(), "other_way": matrix[j, i].item()}
+        for i, j in zip(true[order], other[order])
+        if matrix[i, j]
+    ]
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray, count: int = 15) -> np.ndarray:
@@ -625,9 +631,9 @@ def draw_reliability(bins: np.ndarray) -> Figure:
 def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
     """The history in a checkpoint, or history.csv beside it where that continues it."""
     try:
-        with open(checkpoint.with_name("history.csv"), newline="") as file:
+        with open(checkpoint.with_name("history.csv"), encoding="utf-8", newline="") as file:
             rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError):  # it is missing or damaged
+    except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
         return own
     return rows if own and rows[: len(own)] == own else own
 

@@ -265,8 +265,9 @@ def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_pa
     history.write_text("epoch,val_loss\n1,1.0\n2,0.5\n")
     assert evaluate.read_history(best, longer[:1]) == longer
     assert evaluate.read_history(best, other[:1]) == other[:1]
-    history.write_text("epoch,val_loss\n1,half\n")
-    assert evaluate.read_history(best, other) == other
+    for damaged in (b"epoch,val_loss\n1,half\n", bytes(200_000), b"epoch,val_loss\n1,\xff\n"):
+        history.write_bytes(damaged)
+        assert evaluate.read_history(best, other) == other
     history.unlink()
     assert evaluate.read_history(best, other) == other
 
@@ -283,6 +284,29 @@ def test_a_checkpoint_of_another_network_is_one_message(checkpoint, tmp_path):
     utils.save_checkpoint(tmp_path / "other.pt", state)
     with pytest.raises(utils.UserError, match="other.pt does not fit this program: size mismatch"):
         run_main(tmp_path / "other.pt", tmp_path)
+
+
+def test_tta_holds_the_images_once(checkpoint, monkeypatch):
+    held = set()
+
+    class Loader(data.EvalLoader):
+        def __iter__(self):
+            held.add(self.images.untyped_storage().data_ptr())
+            return super().__iter__()
+
+    monkeypatch.setattr(data, "EvalLoader", Loader)
+    flags = ["--checkpoint", str(checkpoint), "--tta"]
+    classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags)[0])
+    assert classifier.predict(data.read_digits("test")[0].images[:70]).shape == (2, 70, 10)
+    assert len(held) == 1
+
+
+def test_processes_of_torchrun_after_the_first_do_nothing(tmp_path, monkeypatch, capsys):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    for name, value in zip((*names, "TORCHELASTIC_RUN_ID"), "121200"):
+        monkeypatch.setenv(name, value)
+    run_main("nowhere/best.pt", tmp_path / "results")
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 # ---- the user's own pictures --------------------------------------------------------------------
