@@ -29,17 +29,20 @@ import numpy as np
 import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager, rc_context
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor, nn
 from torchvision.transforms.v2 import Lambda
 from torchvision.transforms.v2.functional import horizontal_flip
+from torchvision.utils import make_grid
 
 import data
 import model as resnet
@@ -79,13 +82,14 @@ def main(argv: list[str] | None = None) -> None:
         other = read_results(args, test) if args.compare else None
         result = Result(test.split, classifier.predict(test.split.images), classifier.classes)
         summary = summarize(result, test, classifier)
-        print_numbers(result, summary)
         if other:
             summary["comparison"] = compare(result, summary, other)
-            print_comparison(summary)
         write_tables(result, summary, folder)
         write_pictures(result, summary, folder)
         picture = folder / "confusion_matrix.png"
+        print_numbers(result, summary)  # last: a terminal that cannot show a name loses no file
+        if other:
+            print_comparison(summary)
         utils.say("results", str(folder))
     if args.show:
         open_window(picture)
@@ -144,8 +148,13 @@ class Result:
         self.matrix = metrics.confusion_matrix(self.labels, predicted, labels=numbers)
         self.pairs = find_confused_pairs(self.matrix, classes)
         self.bins = calibration_bins(confidence, predicted == self.labels)
-        self.report_text, self.report = report_classes(self)
-        self.f1 = {name: self.report[name]["f1-score"] for name in classes}
+        self.support = self.matrix.sum(1)  # test images of each class
+        self.scores = score_classes(self.matrix.diagonal(), self.support, self.matrix.sum(0))
+        self.f1 = self.scores[2]
+        tested = np.flatnonzero(self.support)
+        self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
+        options = {"labels": numbers, "target_names": classes, "digits": 4, "zero_division": 0}
+        self.report_text = metrics.classification_report(self.labels, predicted, **options)
 
     def most_confident(self, mask: np.ndarray, count: int) -> np.ndarray:
         """Indices of the most confident predictions among those where mask (N,) is true."""
@@ -199,9 +208,10 @@ def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
 
 def summarize(result: Result, test: TestImages, classifier: Classifier) -> dict:
     """What metrics.json holds."""
-    checkpoint, count = classifier.checkpoint, len(result.labels)
+    checkpoint, classes, count = classifier.checkpoint, result.classes, len(result.labels)
     summary = score(result.views.mean(0), result.labels) | {
-        "macro_f1": result.report["macro avg"]["f1-score"],
+        "macro_f1": np.average(result.f1, weights=result.support > 0),
+        "classes_without_images": [classes[i] for i in np.flatnonzero(result.support == 0)],
         "expected_calibration_error": expected_calibration_error(result.bins),
         "intervals_95": bootstrap_intervals(result.matrix),
         "most_confused": result.pairs[:10],
@@ -234,27 +244,26 @@ def score(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
     return scores
 
 
-def report_classes(result: Result) -> tuple[str, dict]:
-    """scikit-learn's classification report, as text and as numbers, with every class in it."""
-    options = {"target_names": result.classes, "digits": 4, "zero_division": 0}
-    options["labels"] = range(len(result.classes))  # or names shift when a class is absent
-    text = metrics.classification_report(result.labels, result.predicted, **options)
-    options["output_dict"] = True
-    return text, metrics.classification_report(result.labels, result.predicted, **options)
+def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Precision, recall and F1 (3, ..., num_classes); 0 where there is nothing to divide by.
+
+    From the images (..., num_classes) of each class that are predicted correctly, that belong to
+    it, and that are predicted as it.
+    """
+    f1 = 2 * correct / (true + predicted).clip(1)
+    return np.stack([correct / predicted.clip(1), correct / true.clip(1), f1])
 
 
 def superclass_numbers(classes: list[str]) -> np.ndarray:
     """The superclass of each class (num_classes,), numbered as the official coarse labels are."""
-    members = enumerate(data.SUPERCLASSES.values())
-    number_of = {name: number for number, names in members for name in names}
-    return np.array([number_of[name] for name in classes])
+    members = list(data.SUPERCLASSES.values())
+    return np.array([[name in names for names in members].index(True) for name in classes])
 
 
 def count_superclasses(result: Result) -> np.ndarray:
     """Confusion matrix (20, 20) of the superclasses."""
-    coarse = superclass_numbers(result.classes)
-    numbers = range(len(data.SUPERCLASSES))
-    return metrics.confusion_matrix(coarse[result.labels], coarse[result.predicted], labels=numbers)
+    belongs = np.eye(len(data.SUPERCLASSES), dtype=int)[superclass_numbers(result.classes)]
+    return belongs.T @ result.matrix @ belongs
 
 
 def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
@@ -288,26 +297,24 @@ def bootstrap_intervals(matrix: np.ndarray, resamples: int = 1000) -> dict[str, 
     """95 % percentile intervals of top-1 and macro F1 over test images drawn with replacement.
 
     For these figures, images in the same cell of the confusion matrix are alike, so a resample is
-    a multinomial draw of the cells.
+    a multinomial draw of the cells. Its macro F1 is over the classes that it drew.
     """
-    true, predicted = matrix.nonzero()
-    probabilities = matrix[true, predicted] / matrix.sum()
+    cells = matrix.nonzero()
+    probabilities = matrix[cells] / matrix.sum()
     drawn = np.random.default_rng(0).multinomial(matrix.sum(), probabilities, resamples)
-    of_class = np.eye(len(matrix))
-    hits = drawn @ (of_class[true] * of_class[predicted])  # (resamples, num_classes)
-    sizes = drawn @ (of_class[true] + of_class[predicted])  # images of a class + predicted as it
-    samples = {
-        "top1_accuracy": hits.sum(1) / matrix.sum(),
-        "macro_f1": (2 * hits / sizes.clip(1)).mean(1),
-    }
-    return {name: np.percentile(values, [2.5, 97.5]).tolist() for name, values in samples.items()}
+    in_row, in_column = (np.eye(len(matrix))[numbers] for numbers in cells)
+    correct, true = drawn @ (in_row * in_column), drawn @ in_row  # (resamples, num_classes)
+    *_, f1 = score_classes(correct, true, drawn @ in_column)
+    macro_f1 = np.average(f1, 1, weights=true > 0)
+    samples = {"top1_accuracy": correct.sum(1) / matrix.sum(), "macro_f1": macro_f1}
+    return {name: np.percentile(x, [2.5, 97.5]).tolist() for name, x in samples.items()}
 
 
 def print_numbers(result: Result, summary: dict) -> None:
     """Prints the report, the worst classes and pairs, and last, above the prompt, the summary."""
     print(f"\n{result.report_text}\nworst classes by F1")
-    for name in sorted(result.classes, key=result.f1.get)[:10]:
-        print(f"{result.f1[name]:8.4f}  {name}")
+    for number in result.worst_first[:10]:
+        print(f"{result.f1[number]:8.4f}  {result.classes[number]}")
     print("\nmost confused pairs: images one way + the other way")
     for pair in summary["most_confused"]:
         print("{images:4} + {other_way:<3} {true} taken for {taken_for}".format(**pair))
@@ -330,6 +337,10 @@ def print_numbers(result: Result, summary: dict) -> None:
         single = summary["without_tta"]
         accuracy = f"top-1 {100 * single['top1_accuracy']:.2f} %"
         utils.say("no tta", f"loss {single['loss']:.4f}, {accuracy}")
+    if absent := len(summary["classes_without_images"]):
+        classes = f"{absent} of {len(result.classes)} classes"
+        effect = "macro F1 and the worst classes leave them out, the report counts them as 0"
+        utils.say("note", f"{classes} have no test image: {effect}")
 
 
 # ---- two evaluations of the same images ---------------------------------------------------------
@@ -375,7 +386,7 @@ def compare(result: Result, summary: dict, other: dict) -> dict:
     """What metrics.json holds as "comparison"; differences are this evaluation minus the other."""
     labels, numbers, other_predicted = result.labels, range(len(result.classes)), other["predicted"]
     matrices = result.matrix, metrics.confusion_matrix(labels, other_predicted, labels=numbers)
-    f1, other_f1 = (2 * m.diagonal() / (m.sum(0) + m.sum(1)).clip(1) for m in matrices)
+    f1, other_f1 = (score_classes(m.diagonal(), m.sum(1), m.sum(0))[2] for m in matrices)
     hits, other_hits = (m.diagonal().tolist() for m in matrices)
     names = ("class", "f1_change", "correct", "other_correct")
     rows = zip(result.classes, (f1 - other_f1).tolist(), hits, other_hits)
@@ -466,19 +477,21 @@ def writing_into(folder: Path) -> Iterator[None]:
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
-    """Writes a header and rows as a CSV file."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    """Writes a header and rows as a CSV file. Names that are not UTF-8 keep their bytes."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def write_tables(result: Result, summary: dict, folder: Path) -> None:
     """Writes metrics.json, the report, the confusion matrix and the predictions."""
-    report = result.report
     with writing_into(folder):
-        (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (folder / "classification_report.txt").write_text(result.report_text, encoding="utf-8")
-        rows = [[name, *row.values()] for name, row in report.items() if name != "accuracy"]
-        write_csv(folder / "classification_report.csv", ["class", *report["macro avg"]], rows)
+        text = json.dumps(summary, indent=2) + "\n"
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
+        text = result.report_text.encode("utf-8", "surrogateescape")  # names keep their bytes
+        (folder / "classification_report.txt").write_bytes(text)
+        header = ["class", "precision", "recall", "f1-score", "support"]
+        rows = zip(result.classes, *result.scores, result.support)
+        write_csv(folder / "classification_report.csv", header, rows)
         rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
         write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
         indices = range(len(result.labels))
@@ -491,28 +504,29 @@ def write_pictures(result: Result, summary: dict, folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
     optional = ["most_confused", "mistakes", "training_curves"]
     figures = dict.fromkeys([*optional, "superclass_confusion_matrix", "comparison"])
-    figures["confusion_matrix"] = draw_matrix(result.matrix, result.classes, result.superclasses)
-    figures["per_class"] = draw_f1(result.f1)
-    figures["reliability"] = draw_reliability(result.bins)
-    if result.superclasses:
-        coarse_matrix = count_superclasses(result)
-        figures["superclass_confusion_matrix"] = draw_matrix(coarse_matrix, result.superclasses)
-    if result.pairs:
-        figures |= {"most_confused": draw_pairs(result), "mistakes": draw_mistakes(result)}
-    if summary["history"]:
-        curves = draw_curves(summary["history"], summary["constants"])
-        figures["training_curves"] = curves
-    if "comparison" in summary:
-        figures["comparison"] = draw_comparison(summary)
-    with writing_into(folder):
+    with writing_into(folder), legible(result.classes) as shown:
+        names = list(shown.values())
+        figures["confusion_matrix"] = draw_matrix(result.matrix, names, result.superclasses)
+        figures["per_class"] = draw_f1(result, names)
+        figures["reliability"] = draw_reliability(result.bins)
+        if result.superclasses:
+            coarse_matrix = count_superclasses(result)
+            figures["superclass_confusion_matrix"] = draw_matrix(coarse_matrix, result.superclasses)
+        if result.pairs:
+            figures["most_confused"] = draw_pairs(result, names)
+            figures["mistakes"] = draw_mistakes(result, names)
+        if summary["history"]:
+            figures["training_curves"] = draw_curves(summary["history"], summary["constants"])
+        if "comparison" in summary:
+            figures["comparison"] = draw_comparison(summary, shown)
         for name, figure in figures.items():
             path = folder / f"{name}.png"
-            if figure is None:
-                path.unlink(missing_ok=True)  # an earlier evaluation may have left it
-                if name in optional:
-                    utils.say("note", f"nothing to draw in {path.name}")
-            else:
+            if figure:
                 figure.savefig(path, dpi=150, bbox_inches="tight")
+            else:
+                path.unlink(missing_ok=True)  # an earlier evaluation may have left it
+    if nothing := [f"{name}.png" for name in optional if not figures[name]]:
+        utils.say("note", f"nothing to draw in {', '.join(nothing)}")
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -523,6 +537,25 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure((width, height), layout="constrained")
     FigureCanvasAgg(figure)  # or seaborn would use pyplot
     return figure
+
+
+@contextmanager
+def legible(texts: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yields each text as the pictures made in this block can show it, character by character.
+
+    A dollar starts no mathematics. Characters that the usual font lacks come from installed fonts
+    that have them; one that no font has is escaped as in Python, "\\u4e2d", instead of a box.
+    """
+    usual = FontProperties()
+    families, missing = usual.get_family(), set("".join(texts)) - {"\n"}
+    for name in [usual.get_name(), *sorted(font_manager.get_font_names())]:
+        if missing and not name.startswith("Last Resort"):  # which has boxes for all characters
+            font = font_manager.get_font(font_manager.findfont(FontProperties(family=name)))
+            found = {x for x in missing if x.isprintable() and font.get_char_index(ord(x))}
+            families, missing = families + [name] * bool(found), missing - found
+    escapes = {ord(x): x.encode("unicode_escape").decode() for x in missing}
+    with rc_context({"font.family": families, "text.parse_math": False}):
+        yield {text: text.translate(escapes) for text in texts}
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
@@ -561,15 +594,15 @@ def draw_tiles(images: Sequence, captions: list[str], columns: int, width: float
     for position, (image, caption) in enumerate(zip(images, captions), start=1):
         axes = figure.add_subplot(rows, columns, position)
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(caption, fontsize=9, loc="left", parse_math=False)
+        axes.set_title(caption, fontsize=9, loc="left")
         axes.axis("off")
     return figure
 
 
-def draw_mistakes(result: Result) -> Figure:
+def draw_mistakes(result: Result, names: list[str]) -> Figure:
     """The 24 mistakes with the highest confidence."""
     indices = result.most_confident(result.predicted != result.labels, 24)
-    names, percent = result.classes, 100 * result.confidence
+    percent = 100 * result.confidence
     captions = [
         f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n"
         f"confidence: {percent[i]:.2f} %"
@@ -578,35 +611,39 @@ def draw_mistakes(result: Result) -> Figure:
     return draw_tiles(result.images[indices], captions, columns=6, width=2)
 
 
-def draw_pairs(result: Result) -> Figure:
+def draw_pairs(result: Result, names: list[str]) -> Figure:
     """A row per pair: three images of each class and, between them, three taken for the other."""
-    names, strips, captions = result.classes, [], []
-    size = result.images.shape[-1]
-    gap = size // 16
+    strips, captions, size = [], [], result.images.shape[-1]
     for pair in result.pairs[:8]:
-        a, b = names.index(pair["true"]), names.index(pair["taken_for"])
+        a, b = (result.classes.index(pair[key]) for key in ("true", "taken_for"))
         for label, predicted in (a, a), (a, b), (b, a), (b, b):
             mask = (result.labels == label) & (result.predicted == predicted)
-            strip = torch.full((3, size, 3 * (size + gap)), 255, dtype=torch.uint8)
-            for place, image in enumerate(result.images[result.most_confident(mask, 3)]):
-                strip[:, :, place * (size + gap) :][:, :, :size] = image
-            strips.append(strip)
+            chosen = result.most_confident(mask, 3)
+            images = torch.full((3, 3, size, size), 255, dtype=torch.uint8)  # white
+            images[: len(chosen)] = result.images[chosen]
+            strips.append(make_grid(images, padding=size // 16, pad_value=255))
             mistake = f"taken for {names[predicted]}" if label != predicted else "recognised"
             captions.append(f"{names[label]} {mistake}: {mask.sum()}")
     return draw_tiles(strips, captions, columns=4, width=3)
 
 
-def draw_f1(f1: dict[str, float]) -> Figure:
-    """F1 of every class, the worst first, 25 per column."""
-    names = sorted(f1, key=f1.get)
-    panels = [names[start : start + 25] for start in range(0, len(names), 25)]
-    figure = new_figure(max(6, 3.5 * len(panels)), 1 + 0.24 * len(panels[0]))
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        bars = axes.barh(panel, [f1[name] for name in panel], color="steelblue")
-        axes.bar_label(bars, fmt="%.2f", padding=2)
-        axes.set(xlabel="F1", xlim=(0, 1.15), ylim=(len(panels[0]) - 0.5, -0.5))
-        sns.despine(ax=axes)
+def draw_f1(result: Result, names: list[str]) -> Figure:
+    """F1 of every class that has test images, the worst first, 25 per column."""
+    numbers = result.worst_first
+    columns = [numbers[start : start + 25] for start in range(0, len(numbers), 25)]
+    figure = new_figure(max(6, 3.5 * len(columns)), 1 + 0.24 * len(columns[0]))
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+        draw_bars(axes, [names[i] for i in column], result.f1[column], "%.2f", color="steelblue")
+        axes.set(xlabel="F1", xlim=(0, 1.15), ylim=(len(columns[0]) - 0.5, -0.5))
     return figure
+
+
+def draw_bars(axes: Axes, names: list[str], values: np.ndarray, number: str, **style) -> None:
+    """Horizontal bars, each with its name and its number; bars of the same name stay apart."""
+    bars = axes.barh(range(len(names)), values, **style)
+    axes.bar_label(bars, fmt=number, padding=2)
+    axes.set_yticks(range(len(names)), names)
+    sns.despine(ax=axes)
 
 
 def draw_reliability(bins: np.ndarray) -> Figure:
@@ -644,12 +681,13 @@ def draw_curves(history: list[dict], constants: dict) -> Figure:
     watch, smooth = constants["watch"], constants["schedule"] != "plateau"
     epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
     best = watched.index(max(watched) if watch == "accuracy" else min(watched))
+    label = f"best epoch by validation {watch}: {epochs[best]:.0f}"
     figure = new_figure(11, 4.5)
     panels = figure.subplot_mosaic([["loss", "accuracy"]])
     plot_history(panels, history)
     for name, axes in panels.items():
         place = epochs[best], column[f"val_{name}"][best]
-        axes.plot(*place, "*", ms=15, color="crimson", label=f"best epoch: {epochs[best]:.0f}")
+        axes.plot(*place, "*", ms=15, color="crimson", label=label)
         draw_learning_rate(axes, epochs, rates, smooth)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     handles = panels["loss"].get_legend_handles_labels()
@@ -661,7 +699,8 @@ def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **
     """Plots the loss and the accuracy by epoch, in training and in validation."""
     epochs = [row["epoch"] for row in history]
     style |= {"markersize": 4 if len(epochs) <= 50 else 0}
-    parts = {"train": ("training, augmented", "o--"), "val": ("validation", "s-")}
+    since = "" if epochs[0] else " from epoch 1"  # epoch 0 trains the head on plain images
+    parts = {"train": (f"training, augmented{since}", "o--"), "val": ("validation", "s-")}
     for name in ("loss", "accuracy"):
         for part, (label, line) in parts.items():
             values = [row[f"{part}_{name}"] for row in history]
@@ -673,21 +712,19 @@ def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **
     panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
-def draw_comparison(summary: dict) -> Figure:
+def draw_comparison(summary: dict, shown: dict[str, str]) -> Figure:
     """The largest changes in F1 per class, 15 each way, and both runs' loss and accuracy."""
     changes = largest_changes(summary["comparison"], 15)
-    names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
+    names, values = [shown[row["class"]] for row in changes], [row["f1_change"] for row in changes]
     this, other = "steelblue", "darkorange"
     figure = new_figure(12, 8)
     panels = figure.subplot_mosaic([["f1", "loss"], ["f1", "accuracy"]])
-    axes, places = panels["f1"], range(len(names))
-    bars = axes.barh(places, values, color=[this if x > 0 else other for x in values])
-    axes.bar_label(bars, fmt="%+.3f", padding=2)
-    axes.margins(x=0.2)
-    axes.set(yticks=places, yticklabels=names, ylim=(max(15, len(names)) - 0.5, -0.5))
-    axes.set_title("" if names else "no class has changed")
-    axes.set_xlabel("change in F1: this evaluation - other")
-    sns.despine(ax=axes)
+    colors = [this if x > 0 else other for x in values]
+    draw_bars(panels["f1"], names, values, "%+.3f", color=colors)
+    panels["f1"].margins(x=0.2)
+    panels["f1"].set(ylim=(max(15, len(names)) - 0.5, -0.5))
+    panels["f1"].set_title("" if names else "no class has changed")
+    panels["f1"].set_xlabel("change in F1: this evaluation - other")
     old = summary["comparison"]["other"]["history"]
     plot_history(panels, old, "other: ", color=other, linewidth=3, alpha=0.6)
     plot_history(panels, summary["history"], "this: ", color=this)
@@ -732,20 +769,21 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     """Prints and writes the five most likely classes of the user's pictures, draws the first 24."""
     files, images = read_pictures(args.images, classifier.constants["stored_size"] or 32)
     probabilities = classifier.predict(images).mean(0).softmax(1)
-    titles, rows = [], []
+    captions, rows = [], []
     for file, top5 in zip(files, find_top5(probabilities, classifier.classes)):
-        caption = "\n".join(f"{100 * p:6.2f} %  {name}" for name, p in top5)
-        print(f"{file}\n{caption}")
-        titles.append(f"{file.name[-24:]}\n{caption}")
+        captions.append("\n".join(f"{100 * p:6.2f} %  {name}" for name, p in top5))
         rows.append([file, *chain.from_iterable(top5)])
+    titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files[:24], captions)]
     picture, table = folder / "predictions.png", folder / "pictures.csv"
-    with writing_into(folder):
+    with writing_into(folder), legible(titles) as shown:
         ranks = range(1, len(rows[0]) // 2 + 1)
         header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
         write_csv(table, ["file", *header], rows)
-        figure = draw_tiles(images[:24], titles[:24], columns=4, width=2.5)
-        figure.savefig(picture, dpi=150, bbox_inches="tight")
-    seen = f"the first {len(titles[:24])} as the network sees them"
+        tiles = draw_tiles(images[:24], [shown[title] for title in titles], columns=4, width=2.5)
+        tiles.savefig(picture, dpi=150, bbox_inches="tight")
+    for file, caption in zip(files, captions):
+        print(f"{file}\n{caption}")
+    seen = f"the first {len(titles)} as the network sees them"
     utils.say("results", f"{table}; {picture}: {seen}")
     return picture
 

@@ -225,7 +225,8 @@ def draw(changes: list[float], epochs: int) -> dict:
     names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
     history = [{"epoch": e} | dict.fromkeys(names, 0.5 / e) for e in range(1, epochs + 1)]
     comparison = {"classes": classes, "other": {"history": history}}
-    figure = evaluate.draw_comparison({"history": history, "comparison": comparison})
+    names = {row["class"]: row["class"] for row in classes}
+    figure = evaluate.draw_comparison({"history": history, "comparison": comparison}, names)
     figure.canvas.draw()
     return dict(zip(("f1", "loss", "accuracy"), figure.axes))
 

@@ -6,17 +6,21 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from io import StringIO
+import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import BytesIO, StringIO, TextIOWrapper
 
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from PIL import Image
 from scripts import ROOT
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_fscore_support
 
 import data
 import evaluate
@@ -126,14 +130,32 @@ def as_result(labels, predicted, classes):
 
 def test_report_names_an_absent_class_and_agrees_with_hand_worked_numbers():
     result = as_result([0, 0, 0, 2], [0, 0, 2, 2], ["a", "b", "c"])
-    text, report = result.report_text, result.report
-    assert report["a"] == {"precision": 1, "recall": 2 / 3, "f1-score": 0.8, "support": 3}
-    assert report["b"] == {"precision": 0, "recall": 0, "f1-score": 0, "support": 0}
-    assert report["c"] == pytest.approx(
-        {"precision": 1 / 2, "recall": 1, "f1-score": 2 / 3, "support": 1}
-    )
-    assert report["macro avg"]["f1-score"] == pytest.approx((0.8 + 0 + 2 / 3) / 3)
-    assert [line.split()[0] for line in text.splitlines()[2:5]] == ["a", "b", "c"]
+    precision, recall, f1 = result.scores
+    assert precision.tolist() == pytest.approx([1, 0, 1 / 2])
+    assert recall.tolist() == pytest.approx([2 / 3, 0, 1])
+    assert f1.tolist() == pytest.approx([0.8, 0, 2 / 3])
+    assert result.support.tolist() == [3, 0, 1]
+    lines = result.report_text.splitlines()[2:5]
+    assert [line.split()[0] for line in lines] == ["a", "b", "c"]
+    assert [line.split()[-1] for line in lines] == ["3", "0", "1"]
+
+
+def test_scores_of_classes_are_those_of_scikit_learn():
+    rng = np.random.default_rng(2)
+    labels, predicted = rng.integers(6, size=(2, 200))
+    labels[labels == 5], predicted[predicted == 4] = 0, 0  # one never true, one never predicted
+    result = as_result(labels, predicted.tolist(), list("abcdef"))
+    expected = precision_recall_fscore_support(labels, predicted, labels=range(6), zero_division=0)
+    np.testing.assert_allclose([*result.scores, result.support], expected)
+
+
+def test_classes_without_test_images_are_in_neither_macro_f1_nor_the_worst_classes():
+    result = as_result([0, 0, 0, 2], [0, 0, 2, 1], ["a", "b", "c", "d"])
+    assert result.worst_first.tolist() == [2, 0]
+    with evaluate.legible(result.classes):
+        axes = evaluate.draw_f1(result, result.classes).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 0.8])
 
 
 def test_confused_pairs_add_up_both_ways_and_name_the_commoner():
@@ -172,9 +194,10 @@ def test_interval_of_macro_f1_agrees_with_resampled_images():
     np.add.at(matrix, (labels, predicted), 1)
     draws = (rng.integers(300, size=300) for _ in range(500))
     naive = [f1_score(labels[draw], predicted[draw], average="macro") for draw in draws]
-    assert evaluate.bootstrap_intervals(matrix)["macro_f1"] == pytest.approx(
-        np.percentile(naive, [2.5, 97.5]), abs=0.012
-    )
+    expected = pytest.approx(np.percentile(naive, [2.5, 97.5]), abs=0.012)
+    assert evaluate.bootstrap_intervals(matrix)["macro_f1"] == expected
+    with_an_absent_class = np.pad(matrix, (0, 1))
+    assert evaluate.bootstrap_intervals(with_an_absent_class)["macro_f1"] == expected
 
 
 def test_superclass_matrix_agrees_with_the_official_coarse_labels():
@@ -307,6 +330,107 @@ def test_processes_of_torchrun_after_the_first_do_nothing(tmp_path, monkeypatch,
         monkeypatch.setenv(name, value)
     run_main("nowhere/best.pt", tmp_path / "results")
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+# ---- unlucky names ------------------------------------------------------------------------------
+
+UNLUCKY = ["a$b_$c", "accuracy", "macro avg", "weighted avg", "micro avg", "\u4e2d\u6587", "a\tb"]
+UNLUCKY += ["Latin-1: \udce9", "$", "{0} %s"]  # a folder whose name is not UTF-8; braces
+
+
+@pytest.fixture(scope="module")
+def unlucky(checkpoint, tmp_path_factory):
+    """A checkpoint whose classes have unlucky names, and the results of its evaluation."""
+    folder = tmp_path_factory.mktemp("unlucky")
+    utils.save_checkpoint(folder / "best.pt", torch.load(checkpoint) | {"classes": UNLUCKY})
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        rename_digits(patch)
+        warnings.simplefilter("error")
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as stderr:
+            run_main(folder / "best.pt", folder / "before", "--no-show")
+            compare = ["--no-show", "--compare", folder / "before"]
+            run_main(folder / "best.pt", folder / "results", *compare)
+    assert not stderr.getvalue()
+    return folder
+
+
+def rename_digits(patch):
+    read = data.read_digits
+    patch.setattr(data, "read_digits", lambda part: (read(part)[0], UNLUCKY))
+
+
+def test_every_table_and_picture_is_made_whatever_the_classes_are_called(unlucky):
+    assert {path.name for path in (unlucky / "results").iterdir()} == {
+        *TABLES, *PICTURES, "comparison.png"
+    }  # fmt: skip
+    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with open(unlucky / "results" / "classification_report.csv", **options) as file:
+        _, *rows = csv.reader(file)
+    _, *images = read_csv(unlucky / "results" / "predictions.csv")
+    pairs = np.array([row[1:3] for row in images], int).T
+    expected = np.array(precision_recall_fscore_support(*pairs, labels=range(10))).T
+    assert [name for name, *_ in rows] == UNLUCKY
+    np.testing.assert_allclose(np.array([row[1:] for row in rows], float), expected)
+    changes = read_metrics(unlucky / "results")["comparison"]["classes"]
+    assert sorted(row["class"] for row in changes) == sorted(UNLUCKY)
+
+
+def test_output_that_cannot_show_a_name_loses_no_file(unlucky, pictures, monkeypatch):
+    rename_digits(monkeypatch)
+    (pictures / "folder" / "digit.png").rename(pictures / "folder" / "\u6587.png")
+    for flags, files in (
+        ([], TABLES | PICTURES),
+        (["--images", pictures / "folder"], {"pictures.csv", "predictions.png"}),
+    ):
+        results = pictures / f"{len(files)}"
+        with redirect_stdout(TextIOWrapper(BytesIO(), "ascii")), suppress(UnicodeEncodeError):
+            run_main(unlucky / "best.pt", results, "--no-show", *flags)
+        assert {path.name for path in results.iterdir()} == files
+
+
+def test_letters_come_from_any_installed_font_or_are_escaped(tmp_path, monkeypatch):
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "wen"])
+    font.setupCharacterMap({ord("\u6587"): "wen"})
+    font.setupGlyf(dict.fromkeys([".notdef", "wen"], TTGlyphPen(None).glyph()))
+    font.setupHorizontalMetrics(dict.fromkeys([".notdef", "wen"], (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Only Wen", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "wen.ttf")
+    with evaluate.legible(["a\u6587", "\u4e2d\u6587"]) as shown:
+        assert shown == {"a\u6587": r"a\u6587", "\u4e2d\u6587": r"\u4e2d\u6587"}
+    installed = list(font_manager.fontManager.ttflist)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
+    font_manager.fontManager.addfont(tmp_path / "wen.ttf")
+    with evaluate.legible(["a\u6587", "\u4e2d\u6587"]) as shown, warnings.catch_warnings():
+        assert shown == {"a\u6587": "a\u6587", "\u4e2d\u6587": "\\u4e2d\u6587"}
+        warnings.simplefilter("error")  # matplotlib warns of letters that it draws as boxes
+        evaluate.new_figure(3, 3).text(0, 0, shown["\u4e2d\u6587"]).figure.canvas.draw()
+
+
+# ---- curves -------------------------------------------------------------------------------------
+
+
+def test_curves_name_what_selected_the_best_epoch_and_what_was_augmented():
+    """By loss it is epoch 1, by accuracy epoch 2."""
+    losses, accuracies = [0.9, 0.4, 0.5], [0.5, 0.7, 0.8]
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "learning_rate")
+    history = [
+        {"epoch": epoch} | dict(zip(names, (loss, loss, accuracy, accuracy, 0.1)))
+        for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies))
+    ]
+    for rows, watch, best, training in [
+        (history, "loss", 1, "training, augmented from epoch 1"),
+        (history[1:], "accuracy", 2, "training, augmented"),
+    ]:
+        figure = evaluate.draw_curves(rows, {"watch": watch, "schedule": "plateau"})
+        for axes, values in zip(figure.axes, (losses, accuracies)):
+            lines = {line.get_label(): line for line in axes.get_lines()}
+            star = lines[f"best epoch by validation {watch}: {best}"]
+            assert star.get_xydata().tolist() == [[best, values[best]]]
+            assert training in lines
 
 
 # ---- the user's own pictures --------------------------------------------------------------------
