@@ -16,6 +16,7 @@ class. Rows of a confusion matrix are true classes, columns are predicted classe
 
 import csv
 import json
+import logging
 import sys
 import tempfile
 from argparse import Namespace
@@ -546,6 +547,7 @@ def legible(texts: Iterable[str]) -> Iterator[dict[str, str]]:
     A dollar starts no mathematics. Characters that the usual font lacks come from installed fonts
     that have them; one that no font has is escaped as in Python, "\\u4e2d", instead of a box.
     """
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # weights are no matter
     usual = FontProperties()
     families, missing = usual.get_family(), set("".join(texts)) - {"\n"}
     for name in [usual.get_name(), *sorted(font_manager.get_font_names())]:
