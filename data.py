@@ -109,6 +109,50 @@ def read_split(
     return read_folder(_part_folder(settings, part), settings.stored_size or 32, classes, quiet)
 
 
+def fetch(settings: Namespace) -> None:
+    """Downloads what is missing: CIFAR-100, where that is the data set. Raises DataError."""
+    if settings.dataset == "cifar100":
+        fetch_cifar100(settings.data_dir)
+
+
+def read_splits(
+    settings: Namespace, device: torch.device, processes: int = 1, quiet: bool = False
+) -> tuple[Split, Split, dict]:
+    """The images to train on and to validate on, on the CPU, and facts about them.
+
+    settings: the constants of train.py. processes: how many on this machine read them. The facts
+    are what a checkpoint stores: "classes", and "dataset" and "validation", which identify the
+    images. Raises DataError.
+    """
+    holdout_per_class = settings.holdout_per_class
+    if not (holdout_per_class or has_test_images(settings.dataset)):
+        raise DataError(
+            f"{Path(settings.dataset, 'val')} not found. Expected cifar100, digits, or a folder "
+            "with train/ and val/; without val/, --holdout-per-class 50 validates on a part of "
+            "train/"
+        )
+    require_memory(
+        settings, ["train"] if holdout_per_class else ["train", "test"], device, processes
+    )
+    train_split, classes = read_split(settings, "train", quiet=quiet)
+    facts = {"classes": classes, "dataset": identify(settings, train_split)}
+    counts = train_split.labels.bincount(minlength=len(classes))
+    if counts.min() <= holdout_per_class:
+        raise DataError(
+            f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
+            f"than --holdout-per-class {holdout_per_class}"
+        )
+    train, holdout = split_per_class(
+        train_split.labels, holdout_per_class, settings.train_per_class
+    )
+    if holdout_per_class:
+        val_split = train_split.select(holdout)
+    else:
+        val_split, _ = read_split(settings, "test", classes, quiet)
+    facts["validation"] = identify(settings, val_split)
+    return train_split.select(train), val_split, facts
+
+
 def has_test_images(dataset: str) -> bool:
     """Whether there are other images than those to train on: a folder may lack its val/."""
     return dataset in BUILT_IN or Path(dataset, "val").is_dir()
@@ -555,8 +599,6 @@ class TrainLoader:
     fewer images than a batch, it holds the largest even number per process.
     """
 
-    unit = "epoch"  # what one pass is called
-
     def __init__(
         self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
     ) -> None:
@@ -605,28 +647,16 @@ class TrainLoader:
             yield slice(start, start + local_batch_size)
 
 
-class FeatureLoader(TrainLoader):
-    """Batches of features, float (B, num_features), and their labels; nothing is augmented.
-
-    The images of its Split are features (N, num_features).
-    """
-
-    unit = "epoch of the head"
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch, a pure function of (seed, epoch)."""
-        generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for batch in self.slices():
-            yield self.images[order[batch]], self.labels[order[batch]]
-
-
 class EvalLoader:
-    """Batches of images for evaluation, resized and normalized only, in order, each image once."""
+    """Batches of images for evaluation, resized and normalized only, in order.
+
+    All batches have one shape, for which a GPU's kernels are chosen once: the last is filled up
+    with copies of the last image, of which model.predict() returns nothing.
+    """
 
     def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:
         """images: uint8 (N, 3, S, S)."""
-        self.images, self.batch_size = images, batch_size
+        self.images, self.batch_size = images, min(batch_size, len(images))
         self.normalize_and_resize = NormalizeAndResize(image_size, images.device)
 
     def __len__(self) -> int:
@@ -634,7 +664,10 @@ class EvalLoader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        """Float batches (batch_size, 3, image_size, image_size)."""
         for images in self.images.split(self.batch_size):
+            missing = self.batch_size - len(images)
+            images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
             yield self.normalize_and_resize(images.float() / 255)
 
 

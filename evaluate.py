@@ -53,25 +53,17 @@ CHECKPOINT = "checkpoints/best.pt"  # file written by train.py
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 DATASET = ""  # where the folder of pictures that was trained on is now; "" if it has not moved
 RESULTS_DIR = "results"  # folder for everything this script writes
-DEVICE = "auto"  # auto, cuda, mps or cpu
+DEVICE = "auto"  # where to compute ["auto", "cuda", "mps", "cpu"]
 TTA = False  # average the logits over each image and its mirror image: twice the time
 COMPARE = ""  # results folder of another evaluation to compare with, image by image; "" for none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
-# Valid values: a list of choices, or, for a string that must not be empty, its meaning
-ALLOWED = {
-    "CHECKPOINT": "the path of a file",
-    "DATA_DIR": "the path of a folder",
-    "RESULTS_DIR": "the path of a folder",
-    "DEVICE": ["auto", "cuda", "mps", "cpu"],
-}
-
 
 def main(argv: list[str] | None = None) -> None:
     if utils.this_process().rank:
         return  # under torchrun the first process evaluates
-    args, _ = utils.parse_flags(__file__, argv)
+    args = utils.parse_flags(__file__, argv)
     folder = Path(args.results_dir)
     classifier = Classifier(args)
     with writing_into(folder):
@@ -110,10 +102,10 @@ class Classifier:
         self.constants, self.classes = self.checkpoint["constants"], self.checkpoint["classes"]
         with utils.explained_misfit(self.path):
             self.dtype = utils.DTYPES[self.checkpoint["precision"]]
-            self.sizes = [self.constants[name] for name in ("batch_size", "image_size")]
+            self.sizes = [self.constants[name] for name in ("val_batch_size", "image_size")]
             if not all(isinstance(size, int) and size > 0 for size in self.sizes):
                 raise ValueError("its batch or image size is not a positive number")
-            model = resnet.build_model(len(self.classes))
+            model = resnet.build_model(self.constants["architecture"], len(self.classes))
             model.load_state_dict(self.checkpoint["model"])
         self.model = model.to(self.device, memory_format=data.memory_format(self.device))
         name, precision = utils.device_name(self.device), self.checkpoint["precision"]
@@ -681,15 +673,13 @@ def draw_curves(history: list[dict], constants: dict) -> Figure:
     """Loss and accuracy by epoch; marks the best epoch and where the learning rate dropped."""
     column = {name: [row[name] for row in history] for name in history[0]}
     watch, smooth = constants["watch"], constants["schedule"] != "plateau"
-    epochs, rates, watched = (column[x] for x in ("epoch", "learning_rate", f"val_{watch}"))
-    best = watched.index(max(watched) if watch == "accuracy" else min(watched))
-    label = f"best epoch by validation {watch}: {epochs[best]:.0f}"
+    epochs, rates, best = column["epoch"], column["learning_rate"], utils.best_epoch(history, watch)
+    label = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     figure = new_figure(11, 4.5)
     panels = figure.subplot_mosaic([["loss", "accuracy"]])
     plot_history(panels, history)
     for name, axes in panels.items():
-        place = epochs[best], column[f"val_{name}"][best]
-        axes.plot(*place, "*", ms=15, color="crimson", label=label)
+        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=label)
         draw_learning_rate(axes, epochs, rates, smooth)
         axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     handles = panels["loss"].get_legend_handles_labels()
@@ -820,7 +810,7 @@ def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str,
 
 if __name__ == "__main__":
     with utils.explained_exit(
-        lambda: "the results are incomplete, run it again; checkpoints are untouched",
-        memory_advice="free it of other programs, or use --device cpu",
+        "the results are incomplete, run it again; checkpoints are untouched",
+        "free it of other programs, or use --device cpu",
     ):
         main()

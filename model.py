@@ -1,19 +1,19 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
-import zipfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
+from torchvision import models
+from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
 
-ARCHITECTURE = "resnet50"  # or another ResNet or ResNeXt of torchvision's, with WEIGHTS to match
+# What ARCHITECTURE of train.py can be: ResNet, ResNeXt and Wide ResNet
+ARCHITECTURES = list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
 
 
 class WeightsError(SystemExit):
-    """Pretrained weights are missing or do not fit. Uncaught: its message, exit status 1."""
+    """Weights cannot be downloaded. Uncaught: its message on stderr, exit status 1."""
 
 
 class Head(nn.Sequential):
@@ -32,69 +32,41 @@ class Head(nn.Sequential):
             return super().forward(features.to(self[0].weight.dtype))
 
 
-def build_model(num_classes: int, weights: str = "", classes: Sequence[str] = ()) -> nn.Module:
-    """torchvision's ResNet-50 with Head in place of its fc.
-
-    weights: a torchvision name ("IMAGENET1K_V2": downloaded, its hash checked), the path of a
-    state_dict file in torchvision's layout (its own fc is ignored) or of a checkpoint of train.py
-    (its head is used too if it was trained on the same classes), or "" for random weights.
-    Raises WeightsError.
-    """
+def build_model(architecture: str, num_classes: int) -> nn.Module:
+    """One of ARCHITECTURES with random weights and Head in place of its fc."""
     # Each residual block starts as the identity: from random weights, training is steadier in its
     # first epoch (Goyal et al. 2017, arXiv 1706.02677). Pretrained weights overwrite it.
-    model = get_model(ARCHITECTURE, zero_init_residual=True)
+    model = get_model(architecture, zero_init_residual=True)
     model.fc = Head(model.fc.in_features, num_classes)
-    if weights:
-        pretrained, pretrained_classes = read_weights(weights)
-        if not pretrained_classes or pretrained_classes != list(classes):
-            pretrained = {name: x for name, x in pretrained.items() if not name.startswith("fc.")}
-            pretrained |= {f"fc.{name}": x for name, x in model.fc.state_dict().items()}
-        try:
-            model.load_state_dict(pretrained)
-        except RuntimeError as error:
-            reasons = str(error).splitlines()
-            raise WeightsError(
-                f"{weights} does not fit torchvision's {ARCHITECTURE}: {reasons[1].strip()}"
-            ) from error
     return model
 
 
-def read_weights(weights: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The state_dict behind a torchvision name or a path; a checkpoint's classes, else none.
+def weight_names(architecture: str) -> list[str]:
+    """The names of torchvision's pretrained weights, the oldest first."""
+    return list(get_model_weights(architecture).__members__)
 
-    Raises WeightsError.
-    """
-    names = get_model_weights(ARCHITECTURE).__members__
-    if weights in names:
-        try:
-            return names[weights].get_state_dict(check_hash=True, weights_only=True), []
-        except Exception as error:
-            raise WeightsError(
-                f"Weights {weights} could not be downloaded: {error}\n"
-                f"Download {names[weights].url} elsewhere and pass its path, "
-                'or train from scratch with --weights ""'
-            ) from error
-    if not Path(weights).is_file():
-        raise WeightsError(
-            f"Weights {weights} not found. "
-            f'Expected {", ".join(names)}, the path of a state_dict file, or "".'
-        )
+
+def download_weights(architecture: str, name: str) -> dict[str, Tensor]:
+    """torchvision's state_dict of that name, downloaded, its hash checked. Raises WeightsError."""
+    weights = get_model_weights(architecture)[name]
     try:
-        if zipfile.is_zipfile(weights):  # torch.load verifies no checksum
-            with zipfile.ZipFile(weights) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} in it fails its checksum")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        classes = state.get("classes", [])
-        state = state["model"] if classes else state
-        if not all(tensor.isfinite().all() for tensor in state.values()):
-            raise ValueError("its weights are not finite")
-        return {name: tensor.float() for name, tensor in state.items()}, classes
+        return weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{weights} is not a state_dict file that can be used: {reason}"
+            f"Weights {name} could not be downloaded: {error}\n"
+            f"Download {weights.url} elsewhere and pass its path, "
+            'or train from scratch with --weights ""'
         ) from error
+
+
+def load_pretrained(model: nn.Module, weights: dict[str, Tensor], with_head: bool) -> None:
+    """Loads weights in torchvision's layout, their own fc only with_head.
+
+    Raises RuntimeError if they do not fit.
+    """
+    own = {} if with_head else {f"fc.{name}": x for name, x in model.fc.state_dict().items()}
+    weights = {name: x.float() for name, x in weights.items() if with_head or name[:3] != "fc."}
+    model.load_state_dict(weights | own)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -110,7 +82,7 @@ def predict(
     model.eval()
     batches = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
     with autocast(next(model.parameters()).device, dtype):
-        return torch.cat([model(images) for images in batches])
+        return torch.cat([model(images) for images in batches])[: len(loader.images)]
 
 
 def extract_features(

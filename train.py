@@ -10,9 +10,9 @@ Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python ev
 """
 
 import copy
+import inspect
 import math
 import shlex
-import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -31,105 +31,68 @@ import data
 import model as resnet
 import utils
 
-# Checkpoints store these constants. One that is missing from an older checkpoint takes its default
-# below, so the default of a new constant must leave its feature off.
+# A constant's comment ends in its [lowest, highest] value or in its ["choices"]. Checkpoints store
+# the constants; one that is missing from an older checkpoint takes its default below, so the
+# default of a new constant must leave its feature off.
 
 # Files
 DATASET = "cifar100"  # "cifar100", "digits", or a folder with train/CLASS/ and val/CLASS/ pictures
 DATA_DIR = "data"  # folder that holds cifar-100-python/, downloaded into it when missing
 CHECKPOINT_DIR = "checkpoints"  # folder for best.pt, last.pt and history.csv
+
+# Network
+ARCHITECTURE = "resnet50"  # another ResNet of torchvision's, for example "resnet18"
 WEIGHTS = "IMAGENET1K_V2"  # torchvision name, path of a state_dict file or best.pt, or "" for none
+FREEZE_STAGES = 0  # the stem and this many of the four stages keep their initial weights [0, 4]
+FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, without updating them
 
 # Training
-HEAD_EPOCHS = 0  # epochs that train only the head first, on features computed once; 0 for none
-HEAD_LEARNING_RATE = 0.05  # initial learning rate of the head-only epochs; cosine decay to zero
-EPOCHS = 60  # at most; early stopping usually ends a run sooner; 0 trains only the head
-BATCH_SIZE = 128  # images per step, over all processes together
-LEARNING_RATE = 0.01  # initial learning rate; with SCHEDULE = "cosine" the highest one
-MOMENTUM = 0.9  # SGD momentum
-WEIGHT_DECAY = 5e-4  # SGD weight decay
-SCHEDULE = "plateau"  # "plateau": drops without improvement; "cosine": falls to zero by EPOCHS
-SCHEDULER_FACTOR = 0.1  # plateau: the learning rate is multiplied by this when it drops
-SCHEDULER_PATIENCE = 2  # plateau: after more epochs without improvement the learning rate drops
-WARMUP_EPOCHS = 0.0  # cosine: epochs, or a fraction of one, in which the rate rises from zero
-EARLY_STOPPING_PATIENCE = 7  # after this many epochs without improvement the run stops
-WATCH = "loss"  # what must improve, and what selects best.pt: validation "loss" or "accuracy"
-LABEL_SMOOTHING = 0.0  # share of each training label that is spread evenly over all classes
-EMA_DECAY = 0.0  # validate and save a moving average of the weights with this decay; 0 for none
-FREEZE_STAGES = 0  # the stem and this many of the four stages keep their initial weights
-FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, without updating them
-SEED = 0  # random seed: head initialization, image order, augmentation, dropout
+HEAD_EPOCHS = 0  # epochs that train only the head first, on features computed once [0, 100_000]
+HEAD_LEARNING_RATE = 0.05  # of the head-only epochs; cosine decay to zero [1e-9, 1000]
+EPOCHS = 60  # at most; early stopping usually ends a run sooner; 0: only the head [0, 100_000]
+BATCH_SIZE = 128  # images per step, over all processes together [1, 50_000]
+LEARNING_RATE = 0.01  # the initial one; with SCHEDULE = "cosine" the highest one [1e-9, 1000]
+MOMENTUM = 0.9  # SGD momentum [0.0, 1]
+WEIGHT_DECAY = 5e-4  # SGD weight decay [0.0, 1000]
+SCHEDULE = "plateau"  # drops without improvement, or falls to zero by EPOCHS ["plateau", "cosine"]
+SCHEDULER_FACTOR = 0.1  # plateau: a drop multiplies the learning rate by this [0.0, 0.999]
+SCHEDULER_PATIENCE = 2  # plateau: it drops after more epochs without improvement [0, 100_000]
+WARMUP_EPOCHS = 0.0  # cosine: epochs in which the rate rises from zero [0.0, 100_000]
+EARLY_STOPPING_PATIENCE = 7  # the run stops after this many epochs without improvement [1, 100_000]
+WATCH = "loss"  # the validation figure that must improve and selects best.pt ["loss", "accuracy"]
+LABEL_SMOOTHING = 0.0  # share of each training label that is spread over all classes [0.0, 1]
+EMA_DECAY = 0.0  # validate and save a moving average of the weights; 0 for none [0.0, 0.9999]
+SEED = 0  # for head initialization, image order, augmentation, dropout [0, 4_294_967_295]
 
 # Images
-STORED_SIZE = 0  # for a folder: pixels per side at which its pictures are stored; otherwise 0
-IMAGE_SIZE = 224  # pixels per side that the stored images are resized to for the network
-HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0 validates on the test images
-TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all
+STORED_SIZE = 0  # for a folder: pixels per side at which its pictures are stored [0, 1024]
+IMAGE_SIZE = 224  # pixels per side that stored images are resized to for the network [32, 1024]
+HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0: the test images [0, 100_000]
+TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all [0, 100_000]
+VAL_BATCH_SIZE = 128  # images per step of validation, per process [1, 50_000]
 
 # Augmentation; 0 leaves an operation out
-FLIP = 0.5  # probability of a horizontal flip
-CROP_PADDING = 4  # black pixels per side around the stored image before a random crop
-BRIGHTNESS = 0.2  # brightness is multiplied by a factor from 1 - this to 1 + this
-CONTRAST = 0.2  # contrast is multiplied by a factor from 1 - this to 1 + this
-SATURATION = 0.2  # saturation is multiplied by a factor from 1 - this to 1 + this
-HUE = 0.05  # hues shift by up to this, in turns of the colour wheel; at most 0.5
-ROTATION = 10.0  # degrees of rotation, at most, in either direction
-GRAYSCALE = 0.05  # probability of becoming gray
-MIXUP = 0.0  # alpha of mixup: each image is blended with its neighbour in the batch
-CUTMIX = 0.0  # alpha of CutMix: a box of each image comes from its neighbour in the batch
+FLIP = 0.5  # probability of a horizontal flip [0.0, 1]
+CROP_PADDING = 4  # black pixels per side around the stored image before a random crop [0, 32]
+BRIGHTNESS = 0.2  # brightness is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
+CONTRAST = 0.2  # contrast is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
+SATURATION = 0.2  # saturation is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
+HUE = 0.05  # hues shift by up to this, in turns of the colour wheel [0.0, 0.5]
+ROTATION = 10.0  # degrees of rotation, at most, in either direction [0.0, 180]
+GRAYSCALE = 0.05  # probability of becoming gray [0.0, 1]
+MIXUP = 0.0  # alpha of mixup: images are blended with a neighbour in the batch [0.0, 100]
+CUTMIX = 0.0  # alpha of CutMix: a box of each image comes from its neighbour [0.0, 100]
 
 # Machine
-DEVICE = "auto"  # auto, cuda, mps or cpu
-PRECISION = "auto"  # auto, bf16, fp16 or fp32
+DEVICE = "auto"  # where to train ["auto", "cuda", "mps", "cpu"]
+PRECISION = "auto"  # of the convolutions ["auto", "bf16", "fp16", "fp32"]
 COMPILE = False  # compile the network: a slower start, then faster steps
-LOG_EVERY = 20  # steps between readings of the loss, for the progress bar and to stop on NaN
+LOG_EVERY = 20  # steps between readings of the loss, for the bar and to stop on NaN [1, 100_000]
 
 # Actions
 RESUME = False  # continue from CHECKPOINT_DIR/last.pt
+RESUME_IF_SAVED = False  # the same if there is one, otherwise start: for schedulers that requeue
 DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still win
-
-# Valid values: (low, high), whole numbers unless low is a float; a list of choices; or, for a
-# string that must not be empty, its meaning
-ALLOWED = {
-    "DATASET": "cifar100, digits, or the path of a folder",
-    "DATA_DIR": "the path of a folder",
-    "CHECKPOINT_DIR": "the path of a folder",
-    "HEAD_EPOCHS": (0, 100_000),
-    "HEAD_LEARNING_RATE": (1e-9, 1000),
-    "EPOCHS": (0, 100_000),
-    "BATCH_SIZE": (1, 50_000),
-    "LEARNING_RATE": (1e-9, 1000),
-    "MOMENTUM": (0.0, 1),
-    "WEIGHT_DECAY": (0.0, 1000),
-    "SCHEDULE": ["plateau", "cosine"],
-    "SCHEDULER_FACTOR": (0.0, 0.999),
-    "SCHEDULER_PATIENCE": (0, 100_000),
-    "WARMUP_EPOCHS": (0.0, 100_000),
-    "EARLY_STOPPING_PATIENCE": (1, 100_000),
-    "WATCH": ["loss", "accuracy"],
-    "LABEL_SMOOTHING": (0.0, 1),
-    "EMA_DECAY": (0.0, 0.999999),
-    "FREEZE_STAGES": (0, 4),
-    "SEED": (0, 4_294_967_295),
-    "STORED_SIZE": (0, 1024),
-    "IMAGE_SIZE": (32, 1024),
-    "HOLDOUT_PER_CLASS": (0, 100_000),
-    "TRAIN_PER_CLASS": (0, 100_000),
-    "FLIP": (0.0, 1),
-    "CROP_PADDING": (0, 32),
-    "BRIGHTNESS": (0.0, 100),
-    "CONTRAST": (0.0, 100),
-    "SATURATION": (0.0, 100),
-    "HUE": (0.0, 0.5),
-    "ROTATION": (0.0, 180),
-    "GRAYSCALE": (0.0, 1),
-    "MIXUP": (0.0, 100),
-    "CUTMIX": (0.0, 100),
-    "DEVICE": ["auto", "cuda", "mps", "cpu"],
-    "PRECISION": ["auto", "bf16", "fp16", "fp32"],
-    "LOG_EVERY": (1, 100_000),
-}
-
 DEMO_SETTINGS = {
     "DATASET": "digits",
     "CHECKPOINT_DIR": "checkpoints/demo",
@@ -150,132 +113,93 @@ DEMO_SETTINGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, changed = utils.parse_flags(__file__, argv)
-    processes = utils.this_process()
-    check_combinations(args, processes.world_size)
-    folder = Path(args.checkpoint_dir)
+    args = utils.parse_flags(__file__, argv)
+    this = utils.this_process()
+    check_combinations(args, this.world_size)
+    last = Path(args.checkpoint_dir, "last.pt")
 
-    # Device and processes; the checkpoint to continue from, if any
-    device = utils.choose_device(args.device, processes.local_rank)
-    utils.connect(processes, device)
-    _lock = utils.lock_folder(folder, processes.rank)  # until main() returns
-    checkpoint = utils.find_checkpoint(folder / "last.pt", args, processes)
+    # Connect: device, processes, the checkpoint to continue from
+    device = utils.connect(args.device)
+    _lock = utils.lock_folder(last.parent)  # until main() returns
+    checkpoint = utils.from_rank_0(lambda: utils.find_checkpoint(last, args))
     precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
     utils.say("device", f"{utils.device_name(device)}, {precision}")
-    if changed:
-        utils.say("changed", ", ".join(f"{key.upper()} = {changed[key]!r}" for key in changed))
+    utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
 
-    # Data, network and optimizer
-    train_loader, val_loader, val_labels, data_facts = make_loaders(args, processes, device)
-    classes = data_facts["classes"]
-    torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
-    weights = "" if checkpoint or processes.rank else args.weights  # DDP sends rank 0's to all
-    with utils.barrier_after_download():
-        model = resnet.build_model(len(classes), weights, classes)
-    resnet.freeze_stages(model, args.freeze_stages)
-    run = make_run(args, model.to(device, memory_format=data.memory_format(device)), precision)
-    describe(run, args, train_loader, val_loader)
+    # Data
+    train_loader, val_loader, val_labels, facts = make_loaders(args, this, device)
 
-    # The checkpoint's state, or a new run
-    metadata = {"constants": vars(args), "precision": precision, "launcher": processes.launcher}
-    metadata |= data_facts
+    # Model
+    model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
+    utils.require_same_run(args, facts | {"precision": precision})
+    utils.broadcast(model.state_dict().values())  # rank 0's weights
+    run = make_run(args, model, precision)
+    describe(run, args, train_loader, len(val_labels))
+
+    # Restore, or start
+    metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
-        utils.restore(checkpoint, folder / "last.pt", run.parts(), data_facts)
-    elif processes.rank == 0:
-        utils.move_aside(folder)
-        utils.save_run(folder, metadata, run.parts(), history)
+        utils.restore(checkpoint, last, run.parts(), facts)
+    else:
+        utils.move_aside(last.parent)
+        utils.save_run(last.parent, metadata, run.parts(), history)
 
-    def what_is_safe() -> str:
-        saved = f"epoch {history[-1]['epoch']}" if history else "the start"
-        return f"{saved} is safe in {folder / 'last.pt'}"
-
-    command = utils.resume_command(sys.argv[1:] if argv is None else argv)
-    advice = f"start again with a --batch-size below {args.batch_size}, or a lower --image-size"
-    with utils.explained_exit(what_is_safe, command, advice):
-        first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
-        while first + len(history) <= args.epochs and not should_stop(history, args):
-            epoch = first + len(history)
-            row, start = {"epoch": epoch}, time.perf_counter()
-            if epoch == 0:
-                row |= train_head(run, train_loader, args)
-            else:
-                row |= train_one_epoch(run, train_loader, epoch, args)
-            row |= validate(run, val_loader, val_labels)
-            row["seconds"] = time.perf_counter() - start
-            is_best = finish_epoch(run, [*history, row], args)
-            utils.save_run(folder, metadata, run.parts(), [*history, row], is_best)
-            history.append(row)
-            utils.say("epoch", epoch_line(row, args.epochs) + ("  best" if is_best else ""))
-
+    # Wrap, train
+    run.network = wrap_network(model, args.compile)
+    first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
+    for epoch in range(first + len(history), args.epochs + 1):
+        if should_stop(history, args):
+            break
+        start = time.perf_counter()
+        if epoch == 0:
+            figures = train_head(run, train_loader, args)
+        else:
+            figures = train_one_epoch(run, train_loader, epoch, args)
+        figures |= validate(run, val_loader, val_labels)
+        history.append({"epoch": epoch, **figures, "seconds": time.perf_counter() - start})
+        is_best = finish_epoch(run, history, args)
+        utils.save_run(last.parent, metadata, run.parts(), history, is_best)
+        utils.say("epoch", epoch_line(history[-1], args.epochs) + ("  best" if is_best else ""))
     report(args, history)
     utils.disconnect()
 
 
-@dataclass
-class Run:
-    """A model and what trains it."""
+def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
+    """One pass over the data; returns learning_rate, train_loss, train_accuracy, images_per_second.
 
-    model: nn.Module  # the bare module
-    network: nn.Module  # the model as it trains: over all processes, compiled; the same weights
-    average: nn.Module | None  # with EMA_DECAY, a moving average of the model
-    optimizer: Optimizer
-    scheduler: ReduceLROnPlateau  # with SCHEDULE = "cosine", every step overrides its rate
-    scaler: torch.amp.GradScaler  # idle except for fp16
-    dtype: torch.dtype  # of autocast
-
-    def parts(self) -> dict[str, object]:
-        """What last.pt must hold, by name; "model" is what is validated and goes into best.pt."""
-        names = ("model", "optimizer", "scheduler", "scaler")
-        parts = {name: getattr(self, name) for name in names}
-        if self.average is not None:
-            parts |= {"model": self.average, "trained_model": self.model}
-        return parts
-
-
-def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
-    """The optimizer and its schedule for a model that is on its device already."""
-    device = next(model.parameters()).device
-    optimizer = SGD(
-        model.parameters(),
-        lr=args.learning_rate,
-        momentum=args.momentum,
-        weight_decay=args.weight_decay,
-        fused=device.type != "mps",
-    )
-    if args.momentum:
-        # A fused first step that fp16's scaler skips would leave new buffers uninitialized.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    mode = {"loss": "min", "accuracy": "max"}[args.watch]
-    # threshold 0: it sees an improvement exactly when best_epoch() does
-    scheduler = ReduceLROnPlateau(
-        optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    network = wrap_network(model, args.compile)
-    average = None
-    if args.ema_decay:  # the same modules, with tensors of their own that need no gradients
-        tensors = [*model.parameters(), *model.buffers()]
-        average = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in tensors})
-    dtype = utils.DTYPES[precision]
-    return Run(model, network, average, optimizer, scheduler, scaler, dtype)
-
-
-def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
-    """The model over all processes, compiled if asked for.
-
-    Batch norm normalizes per process; its running statistics are those of the first process.
+    Loss and accuracy are means over the images as they were trained on, of all processes; the rate
+    is that of the middle of the epoch. Raises FloatingPointError if the loss is no longer finite.
     """
-    network = model
-    if dist.is_initialized():
-        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    if compile_it and utils.can_compile(next(model.parameters()).device):
-        network = torch.compile(network)
-    return network
+    resnet.set_train_mode(run.network, args.freeze_batch_norm)
+    torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
+    steps, start = len(loader), time.perf_counter()
+    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
+    bar = utils.progress_bar(f"epoch {epoch}", steps * loader.batch_size, unit="image")
+    for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
+        rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        loss, correct = train_step(run, images, labels, args)
+        update_average(run, args.ema_decay, (epoch - 1) * steps + step)
+        loss_sum += loss
+        correct_sum += correct
+        bar.update(loader.batch_size)
+        if step % args.log_every == 0 or step == steps:
+            mean_loss = loss_sum.item() / step  # of batch means; the loop's only synchronization
+            require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
+            bar.set_postfix(loss=f"{mean_loss:.3f}")
+    bar.close()
+    speed = steps * loader.batch_size / (time.perf_counter() - start)
+    sums, count = (loss_sum * len(labels), correct_sum), steps * len(labels)
+    loss, accuracy = utils.mean_over_processes(*sums, count=count)
+    figures = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
+    return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
 
-def train_step(run: Run, images: Tensor, labels: Tensor, args: Namespace) -> tuple[Tensor, Tensor]:
+def train_step(
+    run: "Run", images: Tensor, labels: Tensor, args: Namespace
+) -> tuple[Tensor, Tensor]:
     """One step of SGD; returns the loss and the number of correct predictions of its batch.
 
     Nothing here makes the host wait for the GPU.
@@ -287,24 +211,12 @@ def train_step(run: Run, images: Tensor, labels: Tensor, args: Namespace) -> tup
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.average is not None:
-        update_average(run.average, run.model, args.ema_decay)
     if labels.is_floating_point():  # probabilities, from mixup or CutMix
         labels = labels.argmax(1)
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average = decay * average + (1 - decay) * model, batch-norm statistics included."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    floating = [pair for pair in pairs if pair[0].is_floating_point()]
-    get_ema_multi_avg_fn(decay)(*map(list, zip(*floating)), None)
-    for kept, counter in pairs:
-        if not kept.is_floating_point():
-            kept.copy_(counter)
-
-
-def learning_rate_at(run: Run, args: Namespace, epochs_done: float) -> float:
+def learning_rate_at(run: "Run", args: Namespace, epochs_done: float) -> float:
     """The learning rate after so many epochs, a fraction included.
 
     With the cosine schedule, a linear warm-up from zero and then one cosine to zero: Loshchilov &
@@ -315,74 +227,160 @@ def learning_rate_at(run: Run, args: Namespace, epochs_done: float) -> float:
     if epochs_done < args.warmup_epochs:
         return args.learning_rate * (epochs_done / args.warmup_epochs)
     progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return args.learning_rate * ((1 + math.cos(math.pi * progress)) / 2)
+    return args.learning_rate * cosine(progress)
 
 
-def train_one_epoch(run: Run, loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
-    """One pass over the data; returns learning_rate, train_loss, train_accuracy, images_per_second.
+def cosine(progress: float) -> float:
+    """From 1 to 0 as progress goes from 0 to 1, along half a period of the cosine."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
-    Loss and accuracy are means over the images as they were trained on, of all processes; the rate
-    is that of the middle of the epoch. Raises FloatingPointError if the loss is no longer finite.
+
+def update_average(run: "Run", decay: float, steps: int) -> None:
+    """average = decay * average + (1 - decay) * model after so many steps, if there is an average.
+
+    Its decay grows from 2/11 to the given one, or the untrained network would count for long:
+    min(decay, (1 + steps) / (10 + steps)), as TensorFlow's ExponentialMovingAverage does it.
     """
-    resnet.set_train_mode(run.network, args.freeze_batch_norm)
-    torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
-    total, start = len(loader) * loader.batch_size, time.perf_counter()
-    loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
-    bar = utils.progress_bar(f"{loader.unit} {epoch}", total, unit="image")
-    for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
-        rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / len(loader))
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        loss, correct = train_step(run, images, labels, args)
-        loss_sum += loss
-        correct_sum += correct
-        bar.update(loader.batch_size)
-        if step % args.log_every == 0 or step == len(loader):
-            mean_loss = loss_sum.item() / step  # of batch means; the loop's only synchronization
-            require_finite(mean_loss, "training", f"{loader.unit} {epoch}, by step {step}", rate)
-            bar.set_postfix(loss=f"{mean_loss:.3f}")
-    bar.close()
-    seconds = time.perf_counter() - start
-    sums = loss_sum * len(labels), correct_sum
-    loss, accuracy = utils.mean_over_processes(*sums, count=len(loader) * len(labels))
-    row = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
-    return row | {"train_accuracy": accuracy, "images_per_second": total / seconds}
+    if run.average is not None:
+        decay = min(decay, (1 + steps) / (10 + steps))
+        get_ema_multi_avg_fn(decay)(*run.averaged, None)
+
+
+@dataclass
+class Run:
+    """A model and what trains it."""
+
+    model: nn.Module  # the bare module
+    network: nn.Module  # the model as it trains: over all processes, compiled; the same weights
+    average: nn.Module | None  # with EMA_DECAY, a moving average of the model
+    averaged: list[list[Tensor]]  # the tensors of average and, in the same order, of model
+    optimizer: Optimizer
+    scheduler: ReduceLROnPlateau  # with SCHEDULE = "cosine", every step overrides its rate
+    scaler: torch.amp.GradScaler  # idle except for fp16
+    dtype: torch.dtype  # of autocast
+
+    @property
+    def validated(self) -> nn.Module:
+        """What is validated and goes into best.pt."""
+        return self.model if self.average is None else self.average
+
+    def parts(self) -> dict[str, object]:
+        """What last.pt must hold, by name, "model" being what is validated."""
+        names = ("optimizer", "scheduler", "scaler")
+        parts = {"model": self.validated} | {name: getattr(self, name) for name in names}
+        return parts if self.average is None else parts | {"trained_model": self.model}
+
+
+def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
+    """The optimizer and its schedule for a model that is on its device already."""
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model, args.learning_rate, args)
+    mode = {"loss": "min", "accuracy": "max"}[args.watch]
+    # threshold 0: it sees an improvement exactly when utils.best_epoch() does
+    scheduler = ReduceLROnPlateau(
+        optimizer, mode, args.scheduler_factor, args.scheduler_patience, threshold=0
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    average, averaged = make_average(model) if args.ema_decay else (None, [])
+    dtype = utils.DTYPES[precision]
+    return Run(model, model, average, averaged, optimizer, scheduler, scaler, dtype)
+
+
+def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> SGD:
+    """SGD for all parameters of a module."""
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    options["fused"] = next(module.parameters()).device.type != "mps"
+    optimizer = SGD(module.parameters(), learning_rate, **options)
+    if args.momentum:
+        # A fused first step that fp16's scaler skips would leave new buffers uninitialized.
+        for parameter in module.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
+    """A copy of the model to hold an average, and the floating tensors of both, in one order.
+
+    The copy's tensors need no gradients; batch norm's counters it shares with the model.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    own = {id(tensor): tensor for tensor in tensors}
+    own |= {id(tensor): tensor.detach().clone() for tensor in floating}
+    return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
+
+
+def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
+    """The model over all processes, compiled if asked for.
+
+    Batch norm normalizes per process; the running statistics that count are those of rank 0.
+    """
+    network = model
+    if dist.is_initialized():
+        names = inspect.signature(DistributedDataParallel).parameters
+        renamed = "forward_sync_buffers" in names  # torch 2.14's name for broadcast_buffers
+        sync_buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
+        options = {"gradient_as_bucket_view": True, sync_buffers: False}
+        network = DistributedDataParallel(network, **options)
+    if compile_it and utils.can_compile(next(model.parameters()).device):
+        network = torch.compile(network)
+    return network
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     """Trains the head alone, on features of the frozen backbone; returns what an epoch returns.
 
-    Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. The features of all
-    images, not augmented, are computed once and kept on the device. (Those of mirrored images as
-    well took twice the time, without a measurable gain.)
+    Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. Each process trains on
+    the features of all images. Loss and accuracy are those of the last of the head's epochs.
     """
-    start, mine = time.perf_counter(), slice(loader.rank, None, loader.world_size)
-    local_batch_size = loader.batch_size // loader.world_size
-    own_images = data.EvalLoader(loader.images[mine], local_batch_size, args.image_size)
-    own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
-    features = own.new_zeros(len(loader.images), own.shape[1])
-    features[mine] = own
-    utils.sum_over_processes(features)  # every process needs those of all images
-    head_settings = {"schedule": "cosine", "warmup_epochs": 0, "epochs": args.head_epochs}
-    head_settings |= {"learning_rate": args.head_learning_rate, "ema_decay": 0, "compile": False}
-    head_settings |= {"seed": data.mix_seed(args.seed, 0) % 2**32}
-    head_args = Namespace(**vars(args) | head_settings)
-    head_run = make_run(head_args, run.model.fc, "fp32")
-    split = data.Split(features, loader.labels)
-    head_loader = data.FeatureLoader(split, head_args, loader.rank, loader.world_size)
-    for head_epoch in range(1, args.head_epochs + 1):
-        row = train_one_epoch(head_run, head_loader, head_epoch, head_args)
+    start, head, labels = time.perf_counter(), run.model.fc, loader.labels
+    features = compute_features(run, loader, args)
+    optimizer = make_optimizer(head, args.head_learning_rate, args)
+    seed, steps = data.mix_seed(args.seed, 0), len(loader)
+    torch.manual_seed(seed)  # for dropout
+    generator = torch.Generator().manual_seed(seed)
+    head.train()
+    for epoch in range(args.head_epochs):
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        loss_sum, correct_sum = features.new_zeros(2)
+        for step, batch in enumerate(order.split(loader.batch_size)[:steps]):
+            progress = (epoch + (step + 0.5) / steps) / args.head_epochs
+            optimizer.param_groups[0]["lr"] = args.head_learning_rate * cosine(progress)
+            logits = head(features[batch])
+            loss = F.cross_entropy(logits, labels[batch], label_smoothing=args.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach()
+            correct_sum += (logits.detach().argmax(1) == labels[batch]).sum()
+    utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
     if run.average is not None:
         run.average.load_state_dict(run.model.state_dict())
+    loss, accuracy = loss_sum.item() / steps, correct_sum.item() / (steps * loader.batch_size)
+    require_finite(loss, "training", "epoch 0", args.head_learning_rate)
     speed = len(features) / (time.perf_counter() - start)  # computing the features included
-    return row | {"learning_rate": args.head_learning_rate, "images_per_second": speed}
+    figures = {"learning_rate": args.head_learning_rate, "train_loss": loss}
+    return figures | {"train_accuracy": accuracy, "images_per_second": speed}
+
+
+def compute_features(run: Run, loader: data.TrainLoader, args: Namespace) -> Tensor:
+    """What the head sees of all training images, not augmented (N, num_features), on the device.
+
+    Each process computes its share. (Mirrored images as well took twice the time, without a
+    measurable gain.)
+    """
+    share = slice(loader.rank, None, loader.world_size)
+    own_images = data.EvalLoader(loader.images[share], args.val_batch_size, args.image_size)
+    own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
+    features = own.new_zeros(len(loader.images), own.shape[1])
+    features[share] = own
+    return utils.sum_over_processes(features)
 
 
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
     """val_loss and val_accuracy, means over the images of all processes."""
-    model = run.parts()["model"]
-    utils.broadcast(model.buffers())
-    logits = resnet.predict(model, loader, run.dtype, progress=utils.on_terminal())
+    utils.broadcast(run.validated.buffers())
+    logits = resnet.predict(run.validated, loader, run.dtype, progress=utils.on_terminal())
     loss_sum = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     loss, accuracy = utils.mean_over_processes(loss_sum, correct, count=len(labels))
@@ -398,21 +396,17 @@ def finish_epoch(run: Run, history: list[dict], args: Namespace) -> bool:
     require_finite(row["val_loss"], "validation", f"epoch {row['epoch']}", row["learning_rate"])
     run.scheduler.patience = args.scheduler_patience  # may have changed on resume
     run.scheduler.step(row[f"val_{args.watch}"])
-    return best_epoch(history, args.watch) is row
+    return epochs_since_best(history, args) == 0
 
 
-def best_epoch(history: list[dict], watch: str) -> dict:
-    """The best epoch's row of figures; among equals, the first."""
-    sign = 1 if watch == "accuracy" else -1
-    return max(history, key=lambda row: sign * row[f"val_{watch}"])
+def epochs_since_best(history: list[dict], args: Namespace) -> int:
+    """How many epochs have passed without an improvement of what is watched."""
+    return history[-1]["epoch"] - utils.best_epoch(history, args.watch)["epoch"]
 
 
 def should_stop(history: list[dict], args: Namespace) -> bool:
     """Early stopping: whether too many epochs have passed since the best one."""
-    if not history:
-        return False
-    bad_epochs = history[-1]["epoch"] - best_epoch(history, args.watch)["epoch"]
-    return bad_epochs >= args.early_stopping_patience
+    return bool(history) and epochs_since_best(history, args) >= args.early_stopping_patience
 
 
 def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
@@ -424,62 +418,67 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
 
 
 def make_loaders(
-    args: Namespace, processes: utils.Processes, device: torch.device
+    args: Namespace, this: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, dict]:
-    """The loaders, on the device; the labels of this process's validation images; data_facts.
-
-    data_facts: what a checkpoint stores about the data, "classes" and "dataset".
-    """
-    train_split, val_split, data_facts = read_splits(args, processes, device)
-    rank, world_size = processes.rank, processes.world_size
+    """The loaders, on the device; the labels of this process's validation images; data's facts."""
+    utils.once_per_machine("data", lambda: data.fetch(args))
+    options = {"processes": this.local_world_size, "quiet": this.rank > 0}
+    train_split, val_split, facts = data.read_splits(args, device, **options)
     sizes = len(train_split.labels), len(val_split.labels)
-    if min(sizes[0] // 2, sizes[1]) < world_size:  # each trains on pairs of images
+    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
         raise utils.UserError(
             f"{sizes[0]} training and {sizes[1]} validation images are too few for "
-            f"{world_size} processes; see --holdout-per-class, --train-per-class"
+            f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
         )
     counts = f"{sizes[0]:,} training and {sizes[1]:,} validation images"
-    utils.say("data", f"{args.dataset}: {counts}, {len(data_facts['classes'])} classes")
+    utils.say("data", f"{args.dataset}: {counts}, {len(facts['classes'])} classes")
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
-    train_loader = data.TrainLoader(train_split.to(device), args, rank, world_size)
-    val_split = val_split.select(slice(rank, None, world_size)).to(device)
-    val_loader = data.EvalLoader(val_split.images, args.batch_size // world_size, args.image_size)
-    return train_loader, val_loader, val_split.labels, data_facts
+    train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
+    val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
+    val_loader = data.EvalLoader(val_split.images, args.val_batch_size, args.image_size)
+    return train_loader, val_loader, val_split.labels, facts
 
 
-def read_splits(
-    args: Namespace, processes: utils.Processes, device: torch.device
-) -> tuple[data.Split, data.Split, dict]:
-    """The images to train on and to validate on, on the CPU; data_facts as in make_loaders()."""
-    if not (args.holdout_per_class or data.has_test_images(args.dataset)):
-        raise utils.UserError(
-            f"{Path(args.dataset, 'val')} not found. Expected cifar100, digits, or a folder with "
-            "train/ and val/; without val/, --holdout-per-class 50 validates on a part of train/"
-        )
-    with utils.barrier_after_download():
-        if args.dataset == "cifar100" and processes.local_rank == 0:  # one process per machine
-            data.fetch_cifar100(args.data_dir)
-    parts = ["train"] if args.holdout_per_class else ["train", "test"]
-    data.require_memory(args, parts, device, processes.local_world_size)
-    quiet = processes.rank > 0
-    train_split, classes = data.read_split(args, "train", quiet=quiet)
-    data_facts = {"classes": classes, "dataset": data.identify(args, train_split)}
-    counts = train_split.labels.bincount(minlength=len(classes))
-    if counts.min() <= args.holdout_per_class:
-        raise utils.UserError(
-            f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
-            f"than --holdout-per-class {args.holdout_per_class}"
-        )
-    train, holdout = data.split_per_class(
-        train_split.labels, args.holdout_per_class, args.train_per_class
-    )
-    if args.holdout_per_class:
-        val_split = train_split.select(holdout)
+def make_model(
+    args: Namespace, classes: list[str], device: torch.device, pretrained: bool
+) -> nn.Module:
+    """The network on its device, with the weights that WEIGHTS names if pretrained, on rank 0."""
+    torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
+    model = resnet.build_model(args.architecture, len(classes))
+    if pretrained and utils.this_process().rank == 0:
+        load_weights(model, args, classes)
+    resnet.freeze_stages(model, args.freeze_stages)
+    return model.to(device, memory_format=data.memory_format(device))
+
+
+def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
+    """Loads WEIGHTS into a new model, a checkpoint's head too if its classes are the same.
+
+    Raises UserError, or model.WeightsError, if they cannot be had or do not fit.
+    """
+    names = resnet.weight_names(args.architecture)
+    if args.weights in names:
+        weights, own_classes = resnet.download_weights(args.architecture, args.weights), []
+    elif not args.weights:
+        return
+    elif not Path(args.weights).is_file():
+        expected = f'{", ".join(names)}, the path of a state_dict file, or ""'
+        raise utils.UserError(f"Weights {args.weights} not found. Expected {expected}")
     else:
-        val_split, _ = data.read_split(args, "test", classes, quiet)
-    return train_split.select(train), val_split, data_facts
+        try:
+            weights = utils.load_safely(args.weights, zip_only=False)
+            own_classes = weights.get("classes", [])
+            weights = weights["model"] if own_classes else weights
+            utils.require_sound(weights)
+        except Exception as error:
+            reason = utils.reason_of(error)
+            raise utils.UserError(
+                f"{args.weights} is not a state_dict file that can be used: {reason}"
+            ) from error
+    with utils.explained_misfit(args.weights, args.architecture):
+        resnet.load_pretrained(model, weights, with_head=own_classes == classes)
 
 
 def check_combinations(args: Namespace, world_size: int) -> None:
@@ -487,6 +486,9 @@ def check_combinations(args: Namespace, world_size: int) -> None:
     if args.dataset in data.BUILT_IN:
         if args.stored_size not in (0, 32):
             utils.refuse_flag("stored_size", args.stored_size, f"0 with {args.dataset}")
+    elif not Path(args.dataset).is_dir():
+        expected = "cifar100, digits, or a folder with train/ and val/ in it"
+        utils.refuse_flag("dataset", args.dataset, expected)
     elif not args.stored_size:
         expected = "the pixels per side at which to keep your pictures, for example 224"
         utils.refuse_flag("stored_size", args.stored_size, expected)
@@ -494,6 +496,9 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         for name, most in (("holdout_per_class", 499), ("train_per_class", 500)):
             if vars(args)[name] > most:
                 utils.refuse_flag(name, vars(args)[name], f"0 to {most} with cifar100")
+    if args.architecture not in resnet.ARCHITECTURES:
+        expected = f"one of {', '.join(resnet.ARCHITECTURES)}"
+        utils.refuse_flag("architecture", args.architecture, expected)
     if args.batch_size % world_size:
         utils.refuse_flag("batch_size", args.batch_size, f"a multiple of {world_size} processes")
     if args.batch_size == world_size and args.image_size == 32:  # batch norm of one number
@@ -510,35 +515,38 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
 
-def describe(
-    run: Run, args: Namespace, train_loader: data.TrainLoader, val_loader: data.EvalLoader
-) -> None:
-    """Prints the size of the model and, without a GPU, how long an epoch and the head take.
+def describe(run: Run, args: Namespace, loader: data.TrainLoader, val_images: int) -> None:
+    """Prints the size of the model and, without a GPU, how long the epochs take at most.
 
     That is estimated from a timed forward pass: a training step costs about three of them per
     image, training the head one.
     """
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     source = args.weights or "random weights"
-    utils.say("model", f"{resnet.ARCHITECTURE} from {source}, {parameters:,} parameters")
-    if train_loader.images.device.type != "cpu":
+    utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
+    if loader.images.device.type != "cpu":
         return
-    count = min(len(val_loader.images), train_loader.batch_size, 32)
-    sample = data.EvalLoader(val_loader.images[:count], count, args.image_size)
+    sample = data.EvalLoader(loader.images[:32], 32, args.image_size)
     resnet.predict(run.model, sample, run.dtype)  # the first pass allocates
     start = time.perf_counter()
     resnet.predict(run.model, sample, run.dtype)
-    per_image = (time.perf_counter() - start) / count
-    trained = len(train_loader) * train_loader.batch_size / train_loader.world_size
-
-    def duration(passes: int) -> str:
-        seconds = per_image * (passes * trained + len(val_loader.images))
-        return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
-
-    note = f"no GPU in use: an epoch takes about {duration(3)} here"
-    if args.weights and args.epochs:
-        note += f"; the head alone about {duration(1)}: --head-epochs 20 --epochs 0"
+    per_image = (time.perf_counter() - start) / len(sample.images)
+    trained = len(loader) * loader.batch_size / loader.world_size
+    epoch, head = (per_image * (passes * trained + val_images) for passes in (3, 1))
+    total = args.epochs * epoch + (head if args.head_epochs else 0)
+    note = f"no GPU in use: an epoch takes about {duration(epoch)} here, the run {duration(total)}"
+    if args.image_size > 160:
+        smaller = duration(total * (128 / args.image_size) ** 2)
+        note += f" at most; with --image-size 128 about {smaller}"
     utils.say("note", note)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
@@ -553,10 +561,10 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
 
 def report(args: Namespace, history: list[dict]) -> None:
     """Prints why the run ended, its best epoch, and the next command."""
-    best = best_epoch(history, args.watch)
+    best = utils.best_epoch(history, args.watch)
     if should_stop(history, args):
-        bad_epochs = history[-1]["epoch"] - best["epoch"]
-        utils.say("stopped", f"no better validation {args.watch} in {bad_epochs} epochs")
+        count = epochs_since_best(history, args)
+        utils.say("stopped", f"no better validation {args.watch} in {count} epochs")
     else:
         utils.say("finished", f"all {args.epochs} epochs" if args.epochs else "the head alone")
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
@@ -565,11 +573,13 @@ def report(args: Namespace, history: list[dict]) -> None:
     defaults = utils.read_constants(str(Path(__file__).with_name("evaluate.py")))
     command = ["python", "evaluate.py"]
     for name, value in (("CHECKPOINT", str(path)), ("DATA_DIR", args.data_dir)):
-        if value != defaults[name][0]:
+        if value != defaults[name].value:
             command += [f"--{name.lower().replace('_', '-')}", value]
     utils.say("next", shlex.join(command))
 
 
 if __name__ == "__main__":
-    with utils.explained_exit(lambda: "before the first epoch; what was saved is intact"):
+    with utils.explained_exit(
+        "nothing is saved yet", "start again with a lower --batch-size or --image-size"
+    ):
         main()

@@ -4,15 +4,20 @@ import argparse
 import ast
 import csv
 import ctypes
+import difflib
+import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
+import textwrap
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -35,16 +40,59 @@ class UserError(SystemExit):
 # ---- constants as flags -------------------------------------------------------------------------
 
 
+class Constant(NamedTuple):
+    """An ALL_CAPS literal of a script."""
+
+    value: object
+    meaning: str  # its comment
+    allowed: list  # the range [low, high] or the choices that end the comment; [] for none
+
+
+def read_constants(script: str) -> dict[str, Constant]:
+    """Every constant of a script, by name. Raises UserError if one is not a literal.
+
+    A comment may end in the range of a number, whole unless low is a float, [low, high], or in the
+    choices of a string, ["a", "b"].
+    """
+    source = Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    constants, lines = {}, source.splitlines()
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if not (isinstance(target, ast.Name) and target.id.isupper()):
+            continue
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+        meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", rest).groups()
+        try:
+            value, allowed = ast.literal_eval(node.value), ast.literal_eval(allowed or "[]")
+        except (ValueError, SyntaxError):
+            where = f"{Path(script).name}, line {node.lineno}"
+            raise UserError(
+                f"{where}: {target.id} must be a plain number, text or bool, and its comment may "
+                'end in its range, [0, 10], or choices, ["a", "b"]'
+            ) from None
+        constants[target.id] = Constant(value, meaning, allowed)
+    return constants
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _usage_error(f"{message}; --help lists the flags")
+        _usage_error(f"{message}; {self.suggest_flag(message)}--help lists the flags")
+
+    def suggest_flag(self, message: str) -> str:
+        """The flag that --batch_size, --epoch or --lr was meant to be, as a question."""
+        wrong = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        initials = {"".join(word[0] for word in flag.split("-")): flag for flag in flags}
+        name = wrong[1].lower().replace("_", "-") if wrong else ""
+        similar = [initials.get(name), *difflib.get_close_matches(name, flags, 1)]
+        return next((f"did you mean --{flag}? " for flag in similar if flag), "")
 
 
 def _usage_error(message: str) -> NoReturn:
-    """Ends the script with one line, from its first process, and exit status 2."""
-    if this_process().rank == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    """Ends the script with one line, from the first process of a machine, and exit status 2."""
+    _end(f"{Path(sys.argv[0]).name}: {message}", status=2)
 
 
 def refuse_flag(name: str, value: object, expected: str) -> NoReturn:
@@ -52,79 +100,56 @@ def refuse_flag(name: str, value: object, expected: str) -> NoReturn:
     _usage_error(f"--{name.replace('_', '-')} {value!r}: expected {expected}")
 
 
-def read_constants(script: str) -> dict[str, tuple[object, str]]:
-    """The value and the comment of every ALL_CAPS literal of a script. Raises UserError."""
-    constants, source = {}, Path(script).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            continue
-        name, rest = node.targets[0].id, lines[node.end_lineno - 1]
-        if name.isupper():
-            try:
-                value = ast.literal_eval(node.value)
-            except ValueError:
-                where = f"{Path(script).name}, line {node.lineno}"
-                raise UserError(f"{where}: {name} must be a plain number, text or bool") from None
-            constants[name] = value, rest.encode()[node.end_col_offset :].decode().lstrip(" #")
-    return constants
-
-
-def parse_flags(script: str, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+def parse_flags(script: str, argv: list[str] | None = None) -> argparse.Namespace:
     """Makes a flag of every constant of a script, with its comment as the help, and checks it.
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
-    values. Two dicts of the script are used instead: ALLOWED gives the range (low, high) of a
-    constant, whole numbers unless low is a float, its choices [...], or the meaning of a string
-    that must not be empty. With --demo, DEMO_SETTINGS replaces the script's values; flags win over
-    both. Returns the settings, with names in lower case, and those that differ from the script's.
-    A bad flag ends the script with one line and exit status 2.
+    values; a dict is no flag. With --demo, the script's DEMO_SETTINGS replace its values; flags win
+    over both. Returns the settings, with names in lower case. A bad flag, a value out of its range,
+    or an empty string where the comment does not mention "" ends the script with one line and exit
+    status 2.
     """
-    constants = read_constants(script)
-    allowed, demo_settings = (
-        {name.lower(): setting for name, setting in constants.pop(table, ({}, ""))[0].items()}
-        for table in ("ALLOWED", "DEMO_SETTINGS")
-    )
+    constants = {name.lower(): constant for name, constant in read_constants(script).items()}
+    demo_settings = constants.pop("demo_settings", Constant({}, "", [])).value
     parser = _Parser(
         prog=Path(script).name,
-        description=ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))),
+        description=ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8-sig"))),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (value, comment) in constants.items():
-        options = {"help": f"{comment} (default: {value!r})".replace("%", "%%")}
+    for name, (value, meaning, allowed) in constants.items():
+        limits = f" {allowed}" if allowed else ""
+        options = {"help": f"{meaning}{limits} (default: {value!r})".replace("%", "%%")}
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(value, list):
             options |= {"nargs": "+", "metavar": "PATH"}
         else:
-            rule = allowed.get(name.lower())
-            kind = type(rule[0] if isinstance(rule, tuple) else value)  # GRAYSCALE = 0 is a float
+            kind = type(allowed[0] if allowed else value)  # GRAYSCALE = 0 is a float
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{name.lower().replace('_', '-')}", **options)
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
 
     given = vars(parser.parse_args(argv))
-    defaults = {name.lower(): value for name, (value, _) in constants.items()}
-    settings = defaults | given
+    settings = {name: constant.value for name, constant in constants.items()} | given
     if settings.get("demo"):
-        settings = defaults | demo_settings | given
-    for name, rule in allowed.items():
-        _check_setting(name, settings[name], rule)
-    changed = {name: value for name, value in settings.items() if value != defaults[name]}
-    return argparse.Namespace(**settings), changed
+        settings |= {name.lower(): value for name, value in demo_settings.items()} | given
+    for name, value in settings.items():
+        _check_setting(name, value, constants[name])
+    return argparse.Namespace(**settings)
 
 
-def _check_setting(name: str, value: object, rule: tuple | list | str) -> None:
-    """Refuses a value that is outside its range, not among its choices, or an empty string."""
-    if isinstance(rule, tuple):
-        low, high = rule
-        kinds, expected = (int, type(low)), f"{low:,} to {high:,}"
-        fits = isinstance(value, kinds) and low <= value <= high  # False for NaN too
-    elif isinstance(rule, list):
-        fits, expected = value in rule, f"one of {', '.join(rule)}"
+def _check_setting(name: str, value: object, constant: Constant) -> None:
+    """Refuses a value that is out of its range, not among its choices, or an empty string."""
+    expected, allowed = constant.meaning, constant.allowed
+    if not allowed:
+        fits = value != "" or '""' in constant.meaning
+    elif isinstance(allowed[0], str):
+        fits, expected = value in allowed, f"one of {', '.join(allowed)}"
     else:
-        fits, expected = isinstance(value, str) and value != "", rule
+        low, high = allowed
+        fits, expected = isinstance(value, int | type(low)), f"{low:,} to {high:,}"
+        fits = fits and low <= value <= high  # False for NaN too
     if not fits:
         refuse_flag(name, value, expected)
 
@@ -237,7 +262,10 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1  # processes on this machine
+    machine: int = 0
+    machines: int = 1
     restarts: int = 0  # how often torchrun has restarted the workers
+    max_restarts: int = 0
     launcher: str = ""  # identifies one torchrun; unchanged when it restarts its workers
 
 
@@ -245,56 +273,100 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
+    names += ["GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     numbers = [int(os.environ[name]) for name in names]
     return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}")
 
 
-def connect(processes: Processes, device: torch.device) -> None:
-    """Joins the process group, NCCL on GPUs and gloo elsewhere, if torchrun started this run."""
-    if not processes.launcher:
-        return
+_store: dist.Store | None = None  # of the processes that connect() has brought together
+PATIENCE = timedelta(hours=1)  # how long they wait for one that downloads or decodes pictures
+
+
+def connect(device_name: str) -> torch.device:
+    """Chooses this process's device and, under torchrun, joins the others: NCCL on GPUs, else gloo.
+
+    Raises UserError for restarts over several machines, of which each would count its own.
+    """
+    global _store
+    this = this_process()
+    if not this.launcher:
+        return choose_device(device_name)
+    if this.machines > 1 and this.max_restarts:
+        raise UserError(
+            f"--max-restarts {this.max_restarts} on {this.machines} machines: expected 0, because "
+            "torchrun counts the restarts of each machine apart.\nStart it again, by hand or by "
+            "your scheduler, with --resume-if-saved"
+        )
+    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # Restarted workers must not read what the ones before them left in torchrun's store.
+    _store = dist.PrefixStore(f"attempt {this.restarts}", store)
+    device = choose_device(device_name, this.local_rank)
     backend, options = "gloo", {"timeout": timedelta(minutes=10)}
     if device.type == "cuda":
         backend, options["device_id"] = "nccl", device
-    with _default_signals():
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # A restarted group must not read the addresses that the dead one left in the store.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False)
-            options["store"] = dist.PrefixStore(f"attempt_{processes.restarts}", store)
-            options |= {"rank": processes.rank, "world_size": processes.world_size}
-        dist.init_process_group(backend, **options)
-    say("torchrun", f"processes: {processes.world_size}, {backend}")
+    options |= {"store": dist.PrefixStore("group", _store), "rank": this.rank}
+    _wait_for_all("connect")
+    dist.init_process_group(backend, world_size=this.world_size, **options)
+    say("torchrun", f"processes: {this.world_size}, {backend}")
+    return device
 
 
-@contextmanager
-def barrier_after_download() -> Iterator[None]:
-    """A barrier at the end of the block, with a timeout of an hour instead of the usual 10 minutes.
+def _wait_for_all(what: str, value: str = "") -> list[str]:
+    """Waits until every process has called this; returns the values that they gave, by rank.
 
-    Its process group is created before the block: a barrier fails when another process has died,
-    whereas new_group() would go on waiting for it.
+    It waits in Python, where signals are handled, and needs no process group.
     """
-    if not dist.is_initialized():
-        yield
+    this = this_process()
+    _store.set(f"{what}, rank {this.rank}", value)
+    keys = [f"{what}, rank {rank}" for rank in range(this.world_size)]
+    _wait_for(keys)
+    return [_store.get(key).decode() for key in keys]
+
+
+def _wait_for(keys: list[str]) -> None:
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not _store.check(keys):
+        if time.monotonic() > deadline:
+            raise UserError(f"Another process has not finished after {PATIENCE}: {keys[0]}")
+        time.sleep(0.02)
+
+
+def once_per_machine(name: str, task: Callable[[], None]) -> None:
+    """Does a task in the first process of each machine; the other processes there wait for it."""
+    this = this_process()
+    if this.local_rank == 0:
+        task()
+        if _store is not None:
+            _store.set(f"{name}, machine {this.machine}", "")
+    else:
+        _wait_for([f"{name}, machine {this.machine}"])
+
+
+def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None:
+    """Raises UserError, on every process, unless the constants and facts of all are the same."""
+    if _store is None:
         return
-    with _default_signals():
-        group = dist.new_group(timeout=timedelta(hours=1))
-    yield
-    with _default_signals():
-        dist.barrier(group)
+    constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
+    own = constants | facts | {"torch": torch.__version__}
+    first, *others = map(json.loads, _wait_for_all("facts", json.dumps(own)))
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                ours, theirs = (shorten(repr(x)) for x in (value, other[name]))
+                raise UserError(
+                    f"The processes do not do the same run: {name} is {ours} on rank 0, but "
+                    f"{theirs} on rank {rank}.\nStart them with the same flags, files and data"
+                )
 
 
-@contextmanager
-def _default_signals() -> Iterator[None]:
-    """Lets signals end the process while it waits in C++, where Python's handlers do not run."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(signum, signal.SIG_DFL) for signum in signals]
-    try:
-        yield
-    finally:
-        for signum, handler in zip(signals, handlers):
-            signal.signal(signum, handler)
+def from_rank_0(make: Callable[[], object]) -> object:
+    """What make() returns on rank 0, on every process: plain types and tensors on the CPU."""
+    holder = [make() if this_process().rank == 0 else None]
+    if _store is not None:
+        _wait_for_all("checkpoint")
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
@@ -335,10 +407,11 @@ CONTENTS = {
     "dataset": str,  # "cifar100", "digits", or the number and checksum of a folder's pictures
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
-}  # last.pt also holds launcher and the state of all else that training changes
+}  # last.pt also holds launcher, validation and the state of all else that training changes
 RUN_FILES = ("best.pt", "last.pt", "history.csv")
 # Constants that say where and how a run is done, not what it computes
-WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every", "resume"}
+WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
+WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved"}
 
 
 @contextmanager
@@ -361,10 +434,7 @@ def atomic_write(path: Path, mode: str) -> Iterator:
             cause = cause.__cause__ or cause.__context__
         if cause is None:
             raise
-        raise UserError(
-            f"{path} could not be written: {cause.strerror}. What was saved before is intact.\n"
-            "Fix that, then continue with --resume"
-        ) from error
+        raise UserError(f"{path} could not be written: {cause.strerror}.\n{_state()}") from error
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -383,38 +453,58 @@ def save_run(
     """Writes best.pt if the last epoch is the best, then last.pt and history.csv: rank 0 does.
 
     parts: what training changes, by name, each with a state_dict(); best.pt holds "model" alone.
-    best.pt comes first, so that no last.pt on disk is ahead of the best.pt beside it.
+    best.pt comes first, so that no last.pt on disk is ahead of the best.pt beside it. A signal
+    waits for the end.
     """
-    if this_process().rank:
-        return
-    epoch = history[-1]["epoch"] if history else 0
-    result = metadata | {"epoch": epoch, "history": history, "model": parts["model"].state_dict()}
-    if is_best:
-        save_checkpoint(folder / "best.pt", result)
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(folder / "last.pt", result | states)
-    if history:
-        with atomic_write(folder / "history.csv", "w") as file:
-            rows = csv.DictWriter(file, history[0], lineterminator="\n")
-            rows.writeheader()
-            rows.writerows(history)
+    with _signals_wait():
+        if this_process().rank == 0:
+            epoch = history[-1]["epoch"] if history else 0
+            result = metadata | {"epoch": epoch, "history": history}
+            if is_best:
+                save_checkpoint(folder / "best.pt", result | {"model": parts["model"].state_dict()})
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(folder / "last.pt", result | states)
+            if history:
+                with atomic_write(folder / "history.csv", "w") as file:
+                    rows = csv.DictWriter(file, history[0], lineterminator="\n")
+                    rows.writeheader()
+                    rows.writerows(history)
+        _note_what_is_safe(folder / "last.pt", history)
 
 
-def _load_safely(file: BinaryIO) -> object:
-    """torch.load, after the checks it lacks: it verifies no checksum and unpacks deflated bombs."""
-    size = file.seek(0, os.SEEK_END)
-    if not zipfile.is_zipfile(file):
-        raise ValueError("it is not a checkpoint, or cut short")
+def load_safely(path: str | Path, zip_only: bool = True) -> object:
+    """torch.load onto the CPU, after the checks it lacks; runs no code from the file.
+
+    It verifies no checksum and unpacks deflated bombs. zip_only refuses its format of before 2020,
+    which has no checksums. Raises what is wrong as it comes.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            _check_archive(file)
+        elif zip_only:
+            raise ValueError("it is not a checkpoint, or cut short")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_archive(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("it is compressed, so torch.save did not write it")
-        if sum(member.file_size for member in members) > size:
+        if sum(member.file_size for member in members) > file.seek(0, os.SEEK_END):
             raise ValueError("it claims more bytes than it has")
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it fails its checksum")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_sound(state_dict: dict[str, Tensor]) -> None:
+    """Raises ValueError for weights that are not finite, or that claim more than they have."""
+    for tensor in state_dict.values():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError("it claims more bytes than it has")
+        if not tensor.isfinite().all():
+            raise ValueError("its weights are not finite")
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -423,50 +513,56 @@ def load_checkpoint(path: Path) -> dict:
     Constants that are missing from an older checkpoint take their defaults in train.py.
     """
     try:
-        with open(path, "rb") as file:
-            checkpoint = _load_safely(file)
+        checkpoint = load_safely(path)
         if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
             raise ValueError("it was not written by this train.py")
         for name, kind in CONTENTS.items():
             if not isinstance(checkpoint.get(name), kind):
                 raise TypeError(f"its entry {name!r} is missing or not a {kind.__name__}")
-        for tensor in checkpoint["model"].values():
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-                raise ValueError("it claims more bytes than it has")
-            if not tensor.isfinite().all():
-                raise ValueError("its weights are not finite")
+        require_sound(checkpoint["model"])
         for name in ("batch_size", "image_size", "holdout_per_class", "watch"):  # in every version
             if name not in checkpoint["constants"]:
                 raise ValueError(f"its constant {name.upper()} is missing")
     except FileNotFoundError:
-        raise UserError(f"{path} not found. Train one with: python train.py") from None
+        earlier = sorted(path.parent.glob(f"earlier-*/{path.name}"))
+        advice = f"; an earlier run's is {earlier[-1]}" if earlier else ""
+        raise UserError(f"{path} not found. Train one with: python train.py{advice}") from None
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(
-            f"{path} cannot be used: {reason.splitlines()[0]}.\n"
+            f"{path} cannot be used: {reason_of(error)}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
     return checkpoint | {"constants": with_defaults(checkpoint)}
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, without a full stop."""
+    text = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return shorten(text.splitlines()[0]).rstrip(".")
+
+
+def shorten(text: str) -> str:
+    """At most 200 characters of a text, on one line."""
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
 def with_defaults(run: dict) -> dict:
     """The constants of a run; one that is younger than the run has train.py's default."""
     own = read_constants(str(Path(__file__).with_name("train.py")))
-    tables = ("ALLOWED", "DEMO_SETTINGS")
-    defaults = {name.lower(): value for name, (value, _) in own.items() if name not in tables}
+    defaults = {name.lower(): x.value for name, x in own.items() if not isinstance(x.value, dict)}
     return defaults | {"dataset": run["dataset"]} | run["constants"]
 
 
-def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) -> dict | None:
+def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
     """The checkpoint that this run continues: with --resume, or after torchrun restarted it.
 
     Raises UserError if a constant differs that determines what a run computes.
     """
-    restarted = processes.restarts > 0 and path.exists()
-    if not (args.resume or restarted):
+    this = this_process()
+    if not (args.resume or ((args.resume_if_saved or this.restarts) and path.exists())):
         return None
     checkpoint = load_checkpoint(path)
-    if not args.resume and checkpoint.get("launcher") != processes.launcher:
+    if not (args.resume or args.resume_if_saved) and checkpoint.get("launcher") != this.launcher:
         return None  # of an earlier run: torchrun restarted this one before its first save
     may_change = WHERE_AND_HOW | {"epochs", "scheduler_patience", "early_stopping_patience"}
     if args.schedule != "plateau":
@@ -486,39 +582,40 @@ def find_checkpoint(path: Path, args: argparse.Namespace, processes: Processes) 
 def restore(checkpoint: dict, path: Path, parts: dict[str, object], data_facts: dict) -> None:
     """Loads each part's state from the checkpoint. Raises UserError if it does not fit.
 
-    data_facts: "classes" and "dataset", which must be those of the checkpoint.
+    data_facts: "classes", "dataset" and "validation", which must be those of the checkpoint.
     """
     with explained_misfit(path):
         if checkpoint["classes"] != data_facts["classes"]:
             raise ValueError("it was trained on other classes than the data set has now")
-        if checkpoint["dataset"] != data_facts["dataset"]:
-            was, now = checkpoint["dataset"], data_facts["dataset"]
-            raise ValueError(f"it was trained on other images: {was}; the data set has {now}")
+        for name, use in (("dataset", "trained"), ("validation", "validated")):
+            was, now = checkpoint.get(name, data_facts[name]), data_facts[name]
+            if was != now:
+                raise ValueError(f"it was {use} on other images: {was}; the data set has {now}")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
         for parameter, state in parts["optimizer"].state.items():
             for value in state.values():  # whose shapes torch does not check
                 if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
                     raise ValueError("the optimizer's state has other shapes than the model")
+    _note_what_is_safe(path, checkpoint["history"])
     place = f"after epoch {checkpoint['epoch']}" if checkpoint["history"] else "at its start"
     say("resume", f"{path}, {place}")
 
 
 @contextmanager
-def explained_misfit(path: Path) -> Iterator[None]:
-    """Raises UserError where a checkpoint's contents do not fit what they are loaded into."""
+def explained_misfit(path: str | Path, target: str = "this program") -> Iterator[None]:
+    """Raises UserError where a file's contents do not fit what they are loaded into."""
     try:
         yield
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path} does not fit this program: {lines[-1].strip()}") from error
+        raise UserError(f"{path} does not fit {target}: {shorten(lines[-1])}") from error
 
 
-def resume_command(argv: list[str]) -> str:
-    """The command that continues the run that was started with argv."""
-    flags = [flag for flag in argv if flag != "--resume"]
-    launcher = "torchrun ..." if this_process().launcher else "python"
-    return f"{launcher} {shlex.join(['train.py', *flags, '--resume'])}"
+def best_epoch(history: list[dict], watch: str) -> dict:
+    """The figures of the best epoch by validation "loss" or "accuracy"; of equals, the first."""
+    sign = 1 if watch == "accuracy" else -1
+    return max(history, key=lambda row: sign * row[f"val_{watch}"])
 
 
 def move_aside(folder: Path) -> None:
@@ -533,8 +630,10 @@ def move_aside(folder: Path) -> None:
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
-def lock_folder(folder: Path, rank: int = 0) -> object:
-    """Creates a folder; rank 0 keeps other runs out of it while the returned file is open."""
+def lock_folder(folder: Path) -> object:
+    """Creates a folder and keeps other runs out while the returned file is open: rank 0 does."""
+    if this_process().rank:
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")  # noqa: SIM115, the caller closes it
@@ -542,7 +641,7 @@ def lock_folder(folder: Path, rank: int = 0) -> object:
         raise UserError(
             f"{folder} cannot be written: {error.strerror}. Choose another --checkpoint-dir"
         ) from error
-    if fcntl and rank == 0:
+    if fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -573,45 +672,110 @@ def progress_bar(description: str, total: int, unit: str) -> tqdm:
     return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not on_terminal())
 
 
-class _Terminated(BaseException):
-    pass
+# ---- how a script ends --------------------------------------------------------------------------
+
+
+class _Stopped(BaseException):
+    """A signal that asks the script to end."""
+
+
+class _Ending:
+    """What a script that is cut short says."""
+
+    safe = "nothing is saved yet"
+    command = ""  # which continues the run
+    saving = False  # signals wait
+    signal = 0  # the one that waits
+
+
+def _state() -> str:
+    """What is safe, and how to continue from it."""
+    return _Ending.safe + (f"; to continue: {_Ending.command}" if _Ending.command else "")
+
+
+def _note_what_is_safe(path: Path, history: list[dict]) -> None:
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    launcher = "torchrun ..." if this_process().launcher else "python"
+    resume = [] if "--resume-if-saved" in flags else ["--resume"]
+    saved = f"epoch {history[-1]['epoch']}" if history else "the start"
+    _Ending.safe = f"{saved} is safe in {path}"
+    _Ending.command = f"{launcher} {shlex.join(['train.py', *flags, *resume])}"
+
+
+def _stop(signum: int, frame: object) -> None:
+    if _Ending.saving:
+        _Ending.signal = signum
+    else:
+        raise _Stopped(signum)
 
 
 @contextmanager
-def explained_exit(
-    what_is_safe: Callable[[], str],
-    how_to_continue: str = "",
-    memory_advice: str = "another program may be using it",
-) -> Iterator[None]:
-    """Ends the script with a message instead of a traceback when a run is cut short.
+def _signals_wait() -> Iterator[None]:
+    """Signals that explained_exit() handles wait for the end of the block.
 
-    That is Ctrl-C and SIGTERM (exit status 130 and 143), a closed output pipe, a GPU that fails;
-    and, where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
+    torch.save would turn an exception in the middle of a write into one of its own.
     """
-
-    def terminate(signum: int, frame: object) -> None:
-        raise _Terminated
-
-    def state() -> str:
-        return what_is_safe() + (f"; to continue: {how_to_continue}" if how_to_continue else "")
-
-    signal.signal(signal.SIGTERM, terminate)
+    _Ending.saving = True
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as error:
+    finally:
+        _Ending.saving = False
+    if _Ending.signal:
+        raise _Stopped(_Ending.signal)
+
+
+@contextmanager
+def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
+    """Ends the script with a message in place of a traceback when it is cut short.
+
+    That is an error the user can fix; Ctrl-C, SIGTERM and what else schedulers send (exit status
+    128 + the signal's number); a closed output pipe; a GPU or another process that fails; and,
+    where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
+    """
+    _Ending.safe = safe
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for letters that the output cannot encode
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signum = getattr(signal, name, None)  # Windows has two of them
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, _stop)
+    try:
+        yield
+    except _Stopped as error:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
-        if this_process().rank == 0:
-            print(f"\nstopped  {state()}", file=sys.stderr, flush=True)
-        raise SystemExit(143 if isinstance(error, _Terminated) else 130) from None
+        _end(f"\nstopped  {_state()}", 128 + error.args[0])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
-        raise UserError(f"stopped  the output pipe was closed.\n{state()}") from None
+        _end(f"stopped  the output pipe was closed.\n{_state()}")
     except FloatingPointError as error:
-        raise UserError(f"stopped  {error}.\n{what_is_safe()}") from error
+        _end(f"stopped  {error}.\n{_Ending.safe}")
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
         if "out of memory" in str(error):
-            text = f"GPU memory is exhausted: {memory_advice}.\n{what_is_safe()}"
-        else:
-            text = f"the GPU failed: {str(error).splitlines()[0]}\n{state()}"
-        raise UserError(f"stopped  {text}") from error
+            _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_Ending.safe}")
+        _end(f"stopped  the GPU failed: {reason_of(error)}\n{_state()}")
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise
+        _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        _end(error.code)
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Ends the script. Of the processes with the same message, the first prints it.
+
+    Below its own traceback, torchrun repeats what is in the error file.
+    """
+    first = this_process().local_rank == 0
+    if _store is not None:
+        with suppress(RuntimeError):  # the process that keeps the store may have ended
+            first = _store.add(f"said {message}", 1) == 1
+    if first:
+        print(message, file=sys.stderr, flush=True)
+    if status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        content = {"message": message, "timestamp": int(time.time())}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
+    raise SystemExit(status) from None

@@ -51,34 +51,24 @@ import train
 import utils
 
 DATA_DIR = "data"  # folder that holds cifar-100-python/; random pixels if it does not
-BATCH_SIZE = 0  # images per step; 0: 16 on a CPU, 128 on a GPU
-IMAGE_SIZE = 224  # pixels per side that the network sees
-STEPS = 0  # timed steps per turn; 0: 8 on a CPU, 50 on a GPU, or as many as the budget allows
-WARMUP_STEPS = 0  # steps before those; 0: 2 on a CPU, on a GPU what the workers prefetch
-REPEATS = 5  # turns of every variant, at most
-BUDGET_MINUTES = 8.0  # after three turns, another one only if it would end within this time
-DEVICE = "auto"  # auto, cuda, mps or cpu
-PRECISION = "auto"  # auto, bf16, fp16 or fp32; of all but classic
+BATCH_SIZE = 0  # images per step; 0: 16 on a CPU, 128 on a GPU [0, 50_000]
+IMAGE_SIZE = 224  # pixels per side that the network sees [32, 1024]
+STEPS = 0  # timed per turn; 0: 8 on a CPU, 50 on a GPU, or as the budget allows [0, 50_000]
+WARMUP_STEPS = 0  # steps before; 0: 2 on a CPU, on a GPU what the workers prefetch [0, 50_000]
+REPEATS = 5  # turns of every variant, at most [1, 1000]
+BUDGET_MINUTES = 8.0  # after three turns, others only if they end within this time [0.0, 1e6]
+DEVICE = "auto"  # where to compute ["auto", "cuda", "mps", "cpu"]
+PRECISION = "auto"  # of all but classic ["auto", "bf16", "fp16", "fp32"]
 COMPILE = False  # measure the compiled network too
-JSON = ""  # file that gets the same figures
+JSON = ""  # file that gets the same figures; "" for none
 
-ALLOWED = {
-    "BATCH_SIZE": (0, 50_000),
-    "IMAGE_SIZE": (32, 1024),
-    "STEPS": (0, 50_000),
-    "WARMUP_STEPS": (0, 50_000),
-    "REPEATS": (1, 1000),
-    "BUDGET_MINUTES": (0.0, 1e6),
-    "DEVICE": ["auto", "cuda", "mps", "cpu"],
-    "PRECISION": ["auto", "bf16", "fp16", "fp32"],
-}
 SIZES = ("precision", "batch_size", "image_size", "steps", "warmup_steps", "budget_minutes")
 LEAST_TURNS = 3
 
 
 def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
-    args, _ = utils.parse_flags(__file__, argv)
+    args = utils.parse_flags(__file__, argv)
     deadline = begin + 60 * args.budget_minutes
     device = complete(args)
     images, source = read_images(args.data_dir)
@@ -169,7 +159,7 @@ def train_ours(
 
 def train_classic(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
     """As tutorials write it."""
-    model = resnet.build_model(100).to(device)
+    model = resnet.build_model("resnet50", 100).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = SGD(
         model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
@@ -242,7 +232,7 @@ def augment_with_torchvision(args: Namespace, images: data.Split) -> Iterator[fl
 
 def start_run(args: Namespace, device: torch.device, compile_it: bool = False) -> train.Run:
     """ResNet-50 with random weights in channels_last, and what trains it."""
-    model = resnet.build_model(100).to(device, memory_format=torch.channels_last)
+    model = resnet.build_model("resnet50", 100).to(device, memory_format=torch.channels_last)
     settings = Namespace(**vars(args) | {"compile": compile_it})
     return train.make_run(settings, model, args.precision)
 
@@ -334,7 +324,7 @@ def complete(args: Namespace) -> torch.device:
     args.warmup_steps, args.steps = (
         min(steps, 50_000 // args.batch_size) for steps in (args.warmup_steps, args.steps)
     )  # no more than an epoch
-    constants, _ = utils.parse_flags(train.__file__, [])
+    constants = utils.parse_flags(train.__file__, [])
     vars(args).update(vars(constants) | vars(args))
     return device
 

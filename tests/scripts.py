@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -45,7 +46,7 @@ def settings(**changes: object) -> Namespace:
     import train  # not for all, because pytest-xdist's first process needs no torch
     import utils
 
-    args, _ = utils.parse_flags(train.__file__, [])
+    args = utils.parse_flags(train.__file__, [])
     vars(args).update(dict.fromkeys(AUGMENTATION, 0) | {"image_size": 32})
     assert changes.keys() <= vars(args).keys()
     vars(args).update(changes)
@@ -56,6 +57,38 @@ def link_run(run: Path, folder: Path) -> Path:
     """Links a run's demo/ into another folder, without copying; a save replaces only the link."""
     unlocked = shutil.ignore_patterns(".lock")
     return shutil.copytree(run / "demo", folder / "demo", copy_function=os.link, ignore=unlocked)
+
+
+# torchrun and gloo look up the name of the machine, which waits where no name server answers: with
+# the local address torchrun connects without it, gloo with the name of the interface (of Linux).
+NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
+NO_NAMES = NO_NAMES if sys.platform == "linux" else {}
+
+
+def torchrun_environment(rank: int = 0, port: int = 0, **changed: object) -> dict[str, str]:
+    """What torchrun sets in a process of two on one machine."""
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "GROUP_RANK": 0,
+        "GROUP_WORLD_SIZE": 1,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0,
+    }
+    names |= {"TORCHELASTIC_RUN_ID": "run1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in (names | changed).items()} | NO_NAMES
+
+
+def be_one_of_two(rank: int = 0, port: int = 0, **changed: object) -> None:
+    os.environ |= torchrun_environment(rank, port, **changed)
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 _numbers = itertools.count()

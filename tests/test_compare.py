@@ -31,7 +31,7 @@ def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
     """Two networks whose last layers scikit-learn fitted to 60 and to 300 digits; in float32."""
     state, (train, classes) = torch.load(finished_run / "demo/best.pt"), data.read_digits("train")
     folder, state["precision"] = tmp_path_factory.mktemp("fitted"), "fp32"
-    model = resnet.build_model(len(classes))
+    model = resnet.build_model("resnet50", len(classes))
     model.load_state_dict(state["model"])
     loader = data.EvalLoader(train.images[:300], 100, 32)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def write(name: str, content: bytes):
 @pytest.fixture(scope="module")
 def classifier(checkpoints) -> evaluate.Classifier:
     flags = ["--checkpoint", str(checkpoints[0])]
-    return evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags)[0])
+    return evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
 
 
 @pytest.mark.parametrize(

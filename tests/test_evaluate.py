@@ -18,7 +18,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from PIL import Image
-from scripts import ROOT
+from scripts import ROOT, torchrun_environment
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_recall_fscore_support
 
@@ -54,7 +54,7 @@ def checkpoint(trained, tmp_path_factory):
         torch.load(trained),
         data.read_digits("train")[0].select(torch.arange(300)),
     )
-    model = resnet.build_model(10)
+    model = resnet.build_model("resnet50", 10)
     model.load_state_dict(state["model"])
     features = []
     model.fc[1].register_forward_hook(lambda module, inputs, output: features.append(output))
@@ -268,7 +268,7 @@ def test_it_says_that_a_hold_out_leaves_the_test_images_untouched(evaluation):
 def test_tta_averages_logits_over_image_and_mirror(checkpoint, evaluation):
     folder, output = evaluation
     state, (test, _) = torch.load(checkpoint), data.read_digits("test")
-    model = resnet.build_model(10).to(memory_format=torch.channels_last)
+    model = resnet.build_model("resnet50", 10).to(memory_format=torch.channels_last)
     model.load_state_dict(state["model"])
     plain, mirrored = (
         resnet.predict(model, data.EvalLoader(view, 64, 32), utils.DTYPES[state["precision"]])
@@ -319,14 +319,13 @@ def test_tta_holds_the_images_once(checkpoint, monkeypatch):
 
     monkeypatch.setattr(data, "EvalLoader", Loader)
     flags = ["--checkpoint", str(checkpoint), "--tta"]
-    classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags)[0])
+    classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
     assert classifier.predict(data.read_digits("test")[0].images[:70]).shape == (2, 70, 10)
     assert len(held) == 1
 
 
 def test_processes_of_torchrun_after_the_first_do_nothing(tmp_path, monkeypatch, capsys):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    for name, value in zip((*names, "TORCHELASTIC_RUN_ID"), "121200"):
+    for name, value in torchrun_environment(rank=1).items():
         monkeypatch.setenv(name, value)
     run_main("nowhere/best.pt", tmp_path / "results")
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import pickle
 import resource
 import shutil
 import signal
+import sys
 import tarfile
 import threading
 import time
@@ -24,6 +25,7 @@ import torch
 from scripts import TINY, Script, link_run, run_script
 from test_train import assert_same, load
 from torchvision.datasets import CIFAR100
+from torchvision.models import resnet18
 
 import data
 import utils
@@ -108,7 +110,16 @@ def test_run_killed_at_20_moments_resumes_to_the_unbroken_weights(unbroken, tmp_
     assert hits.count("a save") >= 3 and hits.count("training") >= 3
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
+)
 def test_signal_says_which_epoch_is_safe_and_how_to_continue(signum, status, tmp_path):
     script = Script("train.py", *RUN, "--epochs", "500", cwd=tmp_path)
     script.wait_for("epoch    1/500")
@@ -125,7 +136,7 @@ def test_signal_before_the_first_epoch_says_so(tmp_path):
     script.wait_for("device")
     script.send(signal.SIGTERM)
     script.status = script.wait()
-    assert_explained(script, "stopped  before the first epoch", status=143)
+    assert_explained(script, "stopped  nothing is saved yet", status=143)
 
 
 def test_signal_during_an_evaluation_says_what_it_leaves(finished_run, tmp_path):
@@ -148,11 +159,53 @@ def test_full_disk_keeps_the_previous_checkpoints(tmp_path, finished_run, four_e
     flags = [*RUN, "--epochs", "4", "--resume"]
     script = run_script("train.py", *flags, cwd=tmp_path, prepare=limit)
     assert_explained(script, "demo/last.pt could not be written: File too large", "--resume")
+    assert "epoch 2 is safe in demo/last.pt; to continue: python train.py" in script.stderr
     assert load(tmp_path / "demo" / "last.pt")["epoch"] == 2
     assert_whole(tmp_path / "demo")
     assert not list((tmp_path / "demo").glob("*.tmp"))
     assert run_script("train.py", *flags, cwd=tmp_path).status == 0
     assert_same(*(load(folder / "demo" / "last.pt") for folder in (tmp_path, four_epochs)))
+
+
+def test_full_disk_at_the_first_save_advises_no_resume(tmp_path):
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+    script = run_script("train.py", *RUN, cwd=tmp_path, prepare=limit)
+    assert_explained(script, "demo/last.pt could not be written", "nothing is saved yet")
+    assert "--resume" not in script.stderr and not list((tmp_path / "demo").glob("*pt*"))
+
+
+def test_rerun_that_ended_in_its_first_epoch_says_where_the_earlier_best_is(finished_run, tmp_path):
+    link_run(finished_run, tmp_path)
+    script = Script("train.py", *RUN, "--train-per-class", "0", cwd=tmp_path)
+    script.wait_for("earlier ")
+    script.send(signal.SIGTERM)
+    assert script.wait() == 143
+    script = run_script("evaluate.py", "--checkpoint", "demo/best.pt", cwd=tmp_path)
+    (best,) = (tmp_path / "demo").glob("earlier-*/best.pt")
+    assert_explained(script, f"an earlier run's is {best.relative_to(tmp_path)}")
+
+
+def write_ascii() -> None:
+    """As under PYTHONIOENCODING=ascii."""
+    sys.stdout = open(1, "w", encoding="ascii", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="ascii", closefd=False)  # noqa: SIM115
+
+
+def test_output_that_cannot_encode_a_letter_ends_no_run(tmp_path):
+    flags = [*TINY, "--epochs", "1", "--checkpoint-dir", "Läufe"]
+    script = run_script("train.py", *flags, cwd=tmp_path, prepare=write_ascii)
+    assert script.status == 0, script.stderr
+    assert script.stdout.endswith("next     python evaluate.py --checkpoint 'L\\xe4ufe/best.pt'\n")
+    flags = ["--checkpoint", "Läufe/best.pt", "--no-show"]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=write_ascii)
+    assert script.status == 0, script.stderr
+
+
+def test_weights_of_another_network_are_one_short_message(tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    script = run_script("train.py", *RUN, "--weights", "resnet18.pth", cwd=tmp_path)
+    assert_explained(script, "resnet18.pth does not fit resnet50: ")
+    assert len(script.stderr) < 300
 
 
 def test_leftover_of_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path, finished_run):

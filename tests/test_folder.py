@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional
 
 import data
 import train
-import utils
 
 CPU = torch.device("cpu")
 SIZE = ["--stored-size", "40"]
@@ -202,13 +201,20 @@ def test_run_goes_on_with_its_own_pictures_alone_wherever_they_are(photos, tmp_p
         assert f"{other} is not what checkpoints/demo/best.pt was trained on: 24" in script.stderr
 
 
+def test_resume_refuses_a_changed_val_folder(photos, tmp_path):
+    flags = [*TINY, "--dataset", "photos", *SIZE, "--holdout-per-class", "0", "--epochs", "1"]
+    assert run_script("train.py", *flags, cwd=tmp_path).status == 0
+    (photos / "val" / "one" / "new.png").write_bytes(next(photos.rglob("*.png")).read_bytes())
+    script = run_script("train.py", *flags, "--resume", cwd=tmp_path)
+    assert script.status == 1 and script.stderr.count("\n") == 1
+    assert "it was validated on other images: 12 pictures" in script.stderr
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
 def load_splits(folder: Path, **changed):
-    return train.read_splits(
-        settings(dataset=str(folder), stored_size=32, **changed), utils.Processes(), CPU
-    )
+    return data.read_splits(settings(dataset=str(folder), stored_size=32, **changed), CPU)
 
 
 def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
@@ -279,9 +285,10 @@ def test_free_memory_is_what_the_system_says():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset", "photos"], "--stored-size 0: expected .* for example 224"),
+        (["--dataset", "."], "--stored-size 0: expected .* for example 224"),
+        (["--dataset", "cifar10"], "--dataset 'cifar10': expected cifar100, digits, or a folder "),
         (["--stored-size", "64"], "--stored-size 64: expected 0 with cifar100"),
-        (["--dataset", ""], "--dataset '': expected cifar100, digits, or the path of a folder"),
+        (["--dataset", ""], '--dataset \'\': expected "cifar100", "digits", or a folder'),
     ],
 )
 def test_stored_size_belongs_to_a_folder(flags, message, capsys):

@@ -5,14 +5,17 @@ import functools
 import pytest
 import torch
 import torchvision
+from scripts import settings
 from torch import nn
 
 import data
 import model as resnet
+import train
+import utils
 
 
 def test_head_is_linear_512_relu_dropout_linear():
-    network = resnet.build_model(100)
+    network = resnet.build_model("resnet50", 100)
     kinds = [type(layer) for layer in network.fc]
     assert kinds == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
     assert network.fc[0].weight.shape == (512, 2048) and network.fc[3].weight.shape == (100, 512)
@@ -21,7 +24,7 @@ def test_head_is_linear_512_relu_dropout_linear():
 
 
 def test_head_stays_in_float32_under_autocast():
-    network = resnet.build_model(10).eval()
+    network = resnet.build_model("resnet50", 10).eval()
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         logits = network(torch.randn(2, 3, 32, 32))
         assert network.layer4(torch.randn(1, 1024, 2, 2)).dtype == torch.bfloat16
@@ -34,18 +37,30 @@ def random_weights() -> dict:
     return torchvision.models.resnet50().state_dict()
 
 
+def load(weights: object) -> nn.Module:
+    """A new ResNet-50 for 100 classes with these WEIGHTS."""
+    network = resnet.build_model("resnet50", 100)
+    train.load_weights(network, settings(weights=str(weights)), data.CLASSES)
+    return network
+
+
 def test_weights_file_fills_everything_but_the_head(tmp_path):
     torch.save(random_weights(), tmp_path / "weights.pth")
-    ours = resnet.build_model(100, str(tmp_path / "weights.pth")).state_dict()
+    ours = load(tmp_path / "weights.pth").state_dict()
     for name, tensor in random_weights().items():
         assert name.startswith("fc.") or torch.equal(ours[name], tensor), name
+
+
+def test_weights_in_torchs_older_format_are_read(tmp_path):
+    torch.save(random_weights(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(load(tmp_path / "w.pth").conv1.weight, random_weights()["conv1.weight"])
 
 
 def test_real_imagenet_weights_give_the_features_of_torchvisions_resnet50(imagenet_weights):
     theirs = torchvision.models.resnet50()
     theirs.load_state_dict(torch.load(imagenet_weights, weights_only=True))
     theirs.fc = nn.Identity()
-    ours = resnet.build_model(100, imagenet_weights)
+    ours = load(imagenet_weights)
     ours.fc = nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
@@ -64,27 +79,25 @@ def test_weights_that_do_not_fit_are_refused_with_the_entry_named(tmp_path, chan
     state = {**random_weights()}
     MISFITS[change](state)
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(resnet.WeightsError, match=f"(?is)does not fit.*{change}"):
-        resnet.build_model(100, str(tmp_path / "weights.pth"))
+    with pytest.raises(utils.UserError, match=f"(?is)does not fit resnet50: {change}"):
+        load(tmp_path / "weights.pth")
 
 
 def test_weights_that_are_neither_name_nor_file_are_refused():
-    with pytest.raises(
-        resnet.WeightsError, match="IMAGENET1K_V9 not found. Expected IMAGENET1K_V1"
-    ):
-        resnet.build_model(100, "IMAGENET1K_V9")
+    with pytest.raises(utils.UserError, match="IMAGENET1K_V9 not found. Expected IMAGENET1K_V1"):
+        load("IMAGENET1K_V9")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
 def test_weights_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(resnet.WeightsError, match=r"weights.pth is not a state_dict file"):
-        resnet.build_model(100, str(tmp_path / "weights.pth"))
+    with pytest.raises(utils.UserError, match=r"weights.pth is not a state_dict file"):
+        load(tmp_path / "weights.pth")
 
 
 def test_predict_gives_every_image_its_logits_in_order():
     torch.manual_seed(0)
-    network = resnet.build_model(10).train()
+    network = resnet.build_model("resnet50", 10).train()
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     loader = data.EvalLoader(images, 3, 32)
     logits = resnet.predict(network, loader, torch.float32)

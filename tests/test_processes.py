@@ -1,24 +1,29 @@
 """Several processes are one run: torchrun on gloo, beside one process alone."""
 
+import functools
+import itertools
+import json
 import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from scripts import ROOT, TINY, run_script
+import torch
+from PIL import Image
+from scripts import NO_NAMES, ROOT, TINY, Script, be_one_of_two, find_free_port, run_script
 from test_train import load
 
-# torchrun and gloo look up the name of the machine, which waits where no name server answers: with
-# the local address torchrun connects without it, gloo with the name of the interface (of Linux).
+import model as resnet
+import utils
+
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
 TORCHRUN = [*LAUNCHER, "--standalone"]
-NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
-NO_NAMES = NO_NAMES if sys.platform == "linux" else {}
 
 
 def start(command: list[str], cwd: Path) -> subprocess.Popen:
@@ -60,9 +65,7 @@ def test_two_machines_with_one_checkpoint_folder_are_one_run(tmp_path):
 
 def train_on_two_machines(command: str, folder: Path, *flags: str) -> str:
     """What both wrote to stdout, in one piece: the first process is on either of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{find_free_port()}"
     for name, value in [("HOST:29500", endpoint), ("--nproc-per-node 8", "--nproc-per-node 1")]:
         assert name in command
         command = command.replace(name, value)
@@ -75,24 +78,115 @@ def train_on_two_machines(command: str, folder: Path, *flags: str) -> str:
     return "".join(out for out, _ in outputs)
 
 
-def be_one_of_two() -> None:
-    """What torchrun sets in the first process of two."""
-    names = {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
-    os.environ |= names | {"TORCHELASTIC_RUN_ID": "run1"}
-
-
 def test_batch_size_that_the_processes_cannot_share_is_refused_before_anything_starts(tmp_path):
     flags = ["--demo", "--batch-size", "61"]
     script = run_script("train.py", *flags, cwd=tmp_path, prepare=be_one_of_two)
     assert script.status == 2
     assert script.stderr == "train.py: --batch-size 61: expected a multiple of 2 processes\n"
     assert not (tmp_path / "checkpoints").exists()
+
+
+# ---- two processes that were not started alike --------------------------------------------------
+
+RUN = [*TINY, "--epochs", "2", "--checkpoint-dir", "demo"]
+
+
+def keep_weights(rank: int, port: int) -> None:
+    """In a process of two: writes the weights that it ends with."""
+    be_one_of_two(rank, port)
+    build_model = resnet.build_model
+
+    def build_and_remember(*args):
+        network = build_model(*args)
+        utils.disconnect = lambda: torch.save(network.state_dict(), f"weights-{rank}.pt")
+        return network
+
+    resnet.build_model = build_and_remember
+
+
+def run_two(tmp_path: Path, *flags: list[str]) -> list[Script]:
+    """Two processes that are one run, each in a folder of its own, with flags of its own."""
+    port, scripts = find_free_port(), []
+    for rank, own in enumerate(flags):
+        (folder := tmp_path / str(rank)).mkdir(exist_ok=True)
+        prepare = functools.partial(be_one_of_two, rank, port)
+        scripts.append(Script("train.py", *own, cwd=folder, prepare=prepare))
+    for script in scripts:
+        script.status = script.wait()
+    return scripts
+
+
+def assert_refused(scripts: list[Script], message: str) -> None:
+    """Both end with status 1 before they train, one of them with the message."""
+    assert [script.status for script in scripts] == [1, 1], [s.stderr for s in scripts]
+    said = "".join(script.stderr for script in scripts)
+    assert re.search(message, said) and "Traceback" not in said, said
+    assert "Start them with the same flags, files and data" in said
+    assert "epoch    1/" not in scripts[0].stdout
+
+
+def test_another_learning_rate_in_one_process_is_refused_by_name(tmp_path):
+    message = "LEARNING_RATE is 0.02 on rank 0, but 0.03 on rank 1"
+    assert_refused(run_two(tmp_path, RUN, [*RUN, "--learning-rate", "0.03"]), message)
+
+
+@pytest.mark.parametrize("counts", [(14, 14), (24, 14)])
+def test_other_pictures_in_one_process_are_refused(counts, tmp_path):
+    rng = np.random.default_rng(0)
+    for rank, count in enumerate(counts):
+        for part, name, number in itertools.product(("train", "val"), "ab", range(count // 2)):
+            path = tmp_path / str(rank) / "photos" / part / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
+    flags = [*RUN, "--dataset", "photos", "--stored-size", "32", "--holdout-per-class", "0"]
+    message = f"dataset is '{counts[0]} pictures, crc32 .*' on rank 0, but '{counts[1]} pictures"
+    assert_refused(run_two(tmp_path, flags, flags), message)
+
+
+def test_both_processes_resume_from_the_checkpoint_of_rank_0(finished_run, four_epochs, tmp_path):
+    """In rank 1's folder is one of an earlier epoch."""
+    for rank, run in enumerate((four_epochs, finished_run)):
+        (tmp_path / str(rank) / "demo").mkdir(parents=True)
+        shutil.copy(run / "demo" / "last.pt", tmp_path / str(rank) / "demo")
+    port, scripts = find_free_port(), []
+    for rank in (0, 1):
+        flags = [*RUN, "--epochs", "5", "--resume"]
+        prepare = functools.partial(keep_weights, rank, port)
+        scripts.append(Script("train.py", *flags, cwd=tmp_path / str(rank), prepare=prepare))
+    assert [script.wait() for script in scripts] == [0, 0], scripts[0].stderr
+    assert re.findall(r"\nepoch +(\d)/", scripts[0].stdout) == ["5"]
+    weights = [load(tmp_path / str(rank) / f"weights-{rank}.pt") for rank in (0, 1)]
+    for name, tensor in weights[0].items():
+        assert "running" in name or torch.equal(tensor, weights[1][name]), name
+    untouched = load(tmp_path / "1" / "demo" / "last.pt")
+    assert untouched["epoch"] == 2 and len(list((tmp_path / "1" / "demo").iterdir())) == 1
+
+
+def test_restarts_over_several_machines_are_refused(tmp_path):
+    two = {"GROUP_WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3}
+    prepare = functools.partial(be_one_of_two, **two)
+    script = run_script("train.py", *RUN, cwd=tmp_path, prepare=prepare)
+    assert script.status == 1 and script.stderr.count("\n") == 2
+    assert "--max-restarts 3 on 2 machines: expected 0" in script.stderr
+    assert "--resume-if-saved" in script.stderr
+
+
+def test_message_is_left_where_torchrun_looks_for_it(tmp_path):
+    prepare = functools.partial(be_one_of_two, TORCHELASTIC_ERROR_FILE=tmp_path / "error.json")
+    script = run_script("train.py", "--demo", "--batch-size", "61", cwd=tmp_path, prepare=prepare)
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message + "\n" == script.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_the_message_which_stands_above_it_once(tmp_path):
+    flags = ["--nproc-per-node", "2", str(ROOT / "train.py"), *TINY, "--weights", "nowhere.pth"]
+    process = start([*TORCHRUN, *flags], cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    lines = err.splitlines()
+    said = [number for number, line in enumerate(lines) if "Weights nowhere.pth not found" in line]
+    assert len(said) == 2 and len(lines) - said[1] <= 3  # printed, and in torchrun's last lines
 
 
 @pytest.mark.slow

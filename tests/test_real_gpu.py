@@ -150,7 +150,7 @@ def test_resumed_run_is_close_to_the_unbroken_one(device, precision, monkeypatch
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_batches_are_the_same_as_on_the_cpu(device):
-    args, _ = utils.parse_flags(train.__file__, ["--image-size", "64", "--batch-size", "100"])
+    args = utils.parse_flags(train.__file__, ["--image-size", "64", "--batch-size", "100"])
     images = torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8)
     split = data.Split(images, torch.arange(200))
     (images, labels), (expected, expected_labels) = (

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from conftest import share_folder
 from scipy import stats
-from scripts import AUGMENTATION, TINY, Script, run_script, settings
-from test_processes import NO_NAMES
+from scripts import AUGMENTATION, TINY, Script, be_one_of_two, find_free_port, run_script, settings
 from test_train import assert_same, load
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.models.resnet import BasicBlock, ResNet, resnet18
 from torchvision.transforms import v2
 
@@ -58,21 +57,37 @@ def small_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed
     loader = data.TrainLoader(
         data.read_digits("train")[0].select(slice(16)), args, rank, world_size
     )
-    return args, train.make_run(args, network, "fp32"), loader
+    utils.broadcast(network.state_dict().values())  # as main() does
+    run = train.make_run(args, network, "fp32")
+    run.network = train.wrap_network(network, compile_it=False)
+    return args, run, loader
 
 
 def linear_run(model: nn.Module, **changed):
     """(args, run, loader of 3 steps) of a model of 6 features."""
     args = settings(batch_size=4, **changed)
     features = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
-    loader = data.FeatureLoader(data.Split(features, torch.arange(12) % 3), args)
-    return args, train.make_run(args, model, "fp32"), loader
+    return args, train.make_run(args, model, "fp32"), Batches(features, torch.arange(12) % 3)
+
+
+class Batches:
+    """A loader of features (N, num_features) and their labels, 4 at a time, in their order."""
+
+    rank, world_size, batch_size = 0, 1, 4
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels) // 4
+
+    def epoch(self, epoch: int):
+        return zip(self.features.split(4), self.labels.split(4))
 
 
 def prepare() -> None:
-    """In a script's process: ResNet-18, 60 test images; last-1.pt is last.pt after epoch 1."""
-    resnet.ARCHITECTURE, save_run = "resnet18", utils.save_run
-    read_digits = data.read_digits
+    """In a script's process: 60 test images; last-1.pt is last.pt after epoch 1."""
+    save_run, read_digits = utils.save_run, data.read_digits
 
     def read_60_to_test(part: str):
         digits, classes = read_digits(part)
@@ -91,6 +106,7 @@ def prepare() -> None:
 def train_small(folder: Path, *flags: str, **changed) -> str:
     """Runs train.py in ResNet-18, validated on the test images; returns what it printed."""
     flags = [*TINY, "--holdout-per-class", "0", "--checkpoint-dir", "demo", *flags]
+    flags += ["--architecture", "resnet18"]
     for name, value in changed.items():
         flag = f"--{name.replace('_', '-')}"
         flags += [flag] if value is True else [flag, str(value)]
@@ -167,11 +183,11 @@ def test_head_alone_leaves_the_backbone_and_its_statistics_as_they_were(finished
 def test_epochs_of_a_cosine_may_not_change(finished):
     path = finished("averaged") / "demo" / "last.pt"
     args = Namespace(**load(path)["constants"] | {"resume": True})
-    assert utils.find_checkpoint(path, args, utils.Processes())["epoch"] == 2
+    assert utils.find_checkpoint(path, args)["epoch"] == 2
     args.epochs = 3
     message = "trained with EPOCHS = 2, where its cosine schedule ends, now it is 3"
     with pytest.raises(utils.UserError, match=message):
-        utils.find_checkpoint(path, args, utils.Processes())
+        utils.find_checkpoint(path, args)
 
 
 def test_weights_may_be_a_best_checkpoint_whose_head_is_used(finished, tmp_path):
@@ -183,20 +199,25 @@ def test_weights_may_be_a_best_checkpoint_whose_head_is_used(finished, tmp_path)
     assert row["val_loss"] == pytest.approx(load(best)["history"][0]["val_loss"], rel=1e-3)
 
 
-def test_weights_of_other_classes_get_a_new_head(finished, monkeypatch):
-    monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
+def load_into_resnet18(weights: Path, classes: list[str]) -> dict:
+    """What WEIGHTS makes of a new model, a state_dict."""
+    network = resnet.build_model("resnet18", len(classes))
+    train.load_weights(network, settings(architecture="resnet18", weights=str(weights)), classes)
+    return network.state_dict()
+
+
+def test_weights_of_other_classes_get_a_new_head(finished):
     best, digits = finished("head") / "demo" / "best.pt", list("0123456789")
     state = load(best)["model"]
     for classes, kept in ((digits, True), (digits[::-1], False), (data.CLASSES, False)):
-        found = resnet.build_model(len(classes), str(best), classes).state_dict()
+        found = load_into_resnet18(best, classes)
         assert torch.equal(found["layer4.0.conv1.weight"], state["layer4.0.conv1.weight"])
         assert len(found["fc.3.bias"]) == len(classes)
         assert torch.equal(found["fc.0.weight"], state["fc.0.weight"]) == kept
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "not a number"])
-def test_damaged_weights_are_one_message(damage, finished, monkeypatch, tmp_path):
-    monkeypatch.setattr(resnet, "ARCHITECTURE", "resnet18")
+def test_damaged_weights_are_one_message(damage, finished, tmp_path):
     raw = bytearray((finished("head") / "demo" / "best.pt").read_bytes())
     raw[len(raw) // 2] ^= 64 * (damage == "one bit")
     (tmp_path / "best.pt").write_bytes(raw[: len(raw) // 2 if damage == "cut short" else None])
@@ -204,8 +225,8 @@ def test_damaged_weights_are_one_message(damage, finished, monkeypatch, tmp_path
         checkpoint = load(tmp_path / "best.pt")
         checkpoint["model"]["conv1.weight"][0] = math.nan
         torch.save(checkpoint, tmp_path / "best.pt")
-    with pytest.raises(resnet.WeightsError, match="best.pt is not a state_dict file") as error:
-        resnet.build_model(10, str(tmp_path / "best.pt"), "0123456789")
+    with pytest.raises(utils.UserError, match="best.pt is not a state_dict file") as error:
+        load_into_resnet18(tmp_path / "best.pt", list("0123456789"))
     assert "\n" not in str(error.value)
 
 
@@ -215,27 +236,32 @@ def test_head_trains_on_what_it_gets_from_the_network_and_nothing_else_changes(d
     recipe = {"head_epochs": 2, "head_learning_rate": 0.05, "ema_decay": 0.9}
     args, run, loader = small_run(dtype=torch.float32, **recipe)
     run.dtype = dtype  # of autocast
-    inputs, steps = [], []
+    inputs, labels_of, rates = [], [], []
     hook = run.model.fc.register_forward_pre_hook(lambda _, x: inputs.append(x[0].float()))
     resnet.predict(run.model, data.EvalLoader(loader.images, 16, 32), dtype)
-    hook.remove()
 
-    def recorded_step(run, features, labels, args, step=train.train_step):
-        steps.append((features, labels, run.optimizer.param_groups[0]["lr"]))
-        return step(run, features, labels, args)
+    def recorded_loss(logits, labels, loss=F.cross_entropy, **options):
+        labels_of.append(labels)
+        return loss(logits, labels, **options)
 
-    monkeypatch.setattr(train, "train_step", recorded_step)
+    monkeypatch.setattr(F, "cross_entropy", recorded_loss)
+    rate_hook = register_optimizer_step_pre_hook(
+        lambda sgd, *_: rates.append(sgd.param_groups[0]["lr"])
+    )
     before = {name: x.clone() for name, x in run.model.state_dict().items()}
     train.train_head(run, loader, args)
+    hook.remove(), rate_hook.remove()
     after = run.model.state_dict()
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert changed == ["fc.0.weight", "fc.0.bias", "fc.3.weight", "fc.3.bias"]
     assert_same(dict(run.average.state_dict()), dict(after))  # it starts after the head
-    for features, labels, _ in steps:  # each image once, in another order
-        order = (features[:, None] == inputs[0]).all(2).nonzero()[:, 1]
-        assert torch.equal(order.sort().values, torch.arange(16))
-        assert torch.equal(labels, loader.labels[order])
-    assert [rate for *_, rate in steps] == pytest.approx([0.0426777, 0.0073223], abs=1e-7)
+    orders = []
+    for features, labels in zip(inputs[1:], labels_of, strict=True):  # each image once, shuffled
+        orders.append((features[:, None] == inputs[0]).all(2).nonzero()[:, 1])
+        assert torch.equal(orders[-1].sort().values, torch.arange(16))
+        assert torch.equal(labels, loader.labels[orders[-1]])
+    assert not torch.equal(*orders)
+    assert rates == pytest.approx([0.0426777, 0.0073223], abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["MixUp", "CutMix"])
@@ -353,9 +379,12 @@ def test_average_follows_the_recursion_by_hand():
     args, run, loader = linear_run(network, ema_decay=0.75, learning_rate=0.5)
     expected = {name: x.double() for name, x in network.state_dict().items()}
 
+    decays = iter([2 / 11, 3 / 12, 4 / 13])  # (1 + steps) / (10 + steps), below 0.75
+
     def follow(*_):
+        decay = next(decays)
         for name, x in network.state_dict().items():
-            expected[name] = 0.75 * expected[name] + 0.25 * x.double()
+            expected[name] = decay * expected[name] + (1 - decay) * x.double()
 
     run.optimizer.register_step_post_hook(follow)
     train.train_one_epoch(run, loader, 1, args)
@@ -391,26 +420,13 @@ def test_frozen_stages_keep_weights_and_statistics_while_the_others_change(count
         assert torch.equal(x, before[name]) == (name.split(".")[0] in constant), name
 
 
-def be_one_of_two(rank: int, port: int) -> None:
-    """What torchrun sets."""
-    names = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "LOCAL_WORLD_SIZE": 2,
-        "TORCHELASTIC_RESTART_COUNT": 0,
-    }
-    names |= {"TORCHELASTIC_RUN_ID": "run1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()} | NO_NAMES
-
-
 def work(path: Path) -> None:
     """Trains with all recipes, as one process of one or two; the first writes what it got.
 
     Batch norm is frozen and there is no dropout: whatever else differs is a mistake.
     """
     processes = utils.this_process()
-    utils.connect(processes, torch.device("cpu"))
+    utils.connect("cpu")
     rank, world_size = processes.rank, processes.world_size
     recipes = RECIPES | {"batch_size": 4, "learning_rate": 0.001}
     recipes |= {"freeze_batch_norm": True, "freeze_stages": 1}
@@ -426,9 +442,7 @@ def work(path: Path) -> None:
 
 
 def test_two_processes_equal_one_with_all_recipes_in_float64(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_free_port()
     roles = [functools.partial(be_one_of_two, rank, port) for rank in (0, 1)]
     scripts = [Script(__file__, "2.pt", cwd=tmp_path, prepare=role) for role in roles]
     work(tmp_path / "1.pt")
@@ -448,7 +462,7 @@ EDGES = {
     "schedule": "x COSINE",
     "warmup-epochs": "-0.5 nan inf x",
     "label-smoothing": "-0.1 1.1 nan x",
-    "ema-decay": "-0.1 1 nan x",
+    "ema-decay": "-0.1 0.99999 nan x",
     "mixup": "-0.1 101 nan inf x",
     "cutmix": "-0.1 101 nan inf x",
     "freeze-stages": "-1 5 1.5 x",
@@ -481,8 +495,8 @@ def test_recipes_that_do_not_go_together_are_refused(changed, processes, message
 
 
 def test_recipes_that_go_together_are_allowed():
-    edges = ["--label-smoothing=1", "--ema-decay=0.999999", "--mixup=100", "--cutmix=100"]
-    assert utils.parse_flags(train.__file__, edges)[1]["ema_decay"] == 0.999999
+    edges = ["--label-smoothing=1", "--ema-decay=0.9999", "--mixup=100", "--cutmix=100"]
+    assert utils.parse_flags(train.__file__, edges).ema_decay == 0.9999
     for changed in ({"epochs": 0, "head_epochs": 1}, COSINE | {"warmup_epochs": 1.99}):
         train.check_combinations(settings(**changed), 1)
     train.check_combinations(settings(mixup=1.0, batch_size=8), 2)
@@ -498,7 +512,7 @@ def test_too_few_images_to_mix_or_of_a_class_are_one_message():
             "Class . has 1.. training images: expected",
         ),
     ):
-        with pytest.raises(utils.UserError, match=message):
+        with pytest.raises(SystemExit, match=message):
             train.make_loaders(settings(dataset="digits", **changed), processes, cpu)
 
 

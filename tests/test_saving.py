@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from torch import nn
 import train
 import utils
 
-ARGS, _ = utils.parse_flags(train.__file__, [])
-METADATA = {"constants": vars(ARGS), "precision": "fp32", "dataset": "digits", "classes": ["0"]}
+ARGS = utils.parse_flags(train.__file__, [])
+METADATA = {"constants": vars(ARGS), "precision": "fp32", "classes": ["0"]}
+METADATA |= {"dataset": "digits", "validation": "digits"}
 
 
 def make_run() -> train.Run:
@@ -66,22 +68,26 @@ class Saves:
                 self.loaded[content] = utils.load_checkpoint(path)
         return self.loaded[best], self.loaded[last], rows
 
-    def save_and_die(self, moment: int) -> bool:
-        """Saves epoch 2 over epoch 1 in a child process; whether that died before it was done."""
+    def save_and_die(self, moment: int, signum: int = signal.SIGKILL) -> int:
+        """Saves epoch 2 over epoch 1 in a child process that gets a signal; its exit status."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.first, self.folder)
         if not (child := os.fork()):
+            status = 1
             try:
-                die_at(moment)
-                self.save()
-                os._exit(0)
+                sys.stderr = open(self.folder / "stderr", "w")  # noqa: SIM115, until the end
+                with utils.explained_exit("nothing is saved yet", ""):
+                    die_at(moment, signum)
+                    self.save()
+                status = 0
+            except SystemExit as end:
+                status = end.code
             except BaseException:  # noqa: BLE001, whatever it is, pytest must not go on in the child
                 traceback.print_exc()
             finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        return status != 0
+                sys.stderr.flush()
+                os._exit(status)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def check(self) -> None:
         """Each file is wholly one epoch's, best.pt is not behind, and the run continues."""
@@ -92,7 +98,7 @@ class Saves:
 
         run, history = make_run(), [*last["history"]]
         utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best)
-        best_epoch = train.best_epoch(history, "loss")["epoch"]
+        best_epoch = utils.best_epoch(history, "loss")["epoch"]
         assert best["epoch"] >= best_epoch, "best.pt is older than last.pt's best"
         if len(history) == 1:
             train_epoch(run, history)
@@ -100,14 +106,17 @@ class Saves:
         assert_same(run.optimizer.state_dict(), self.run.optimizer.state_dict())
 
 
-def die_at(moment: int) -> None:
-    """Kills this process at its moment-th file operation from now on, a write in its middle."""
+def die_at(moment: int, signum: int) -> None:
+    """Sends this process a signal at its moment-th file operation from now on.
+
+    SIGKILL comes in the middle of a write.
+    """
     countdown = itertools.count(moment, -1)
 
     def die_before(operation: Callable) -> Callable:
         def killed_or_done(*args):
             if next(countdown) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signum)
             return operation(*args)
 
         return killed_or_done
@@ -118,9 +127,10 @@ def die_at(moment: int) -> None:
 
         def write_half(content) -> None:
             if next(countdown) == 0:
-                write(content[: len(content) // 2])
-                flush()
-                os.kill(os.getpid(), signal.SIGKILL)
+                if signum == signal.SIGKILL:
+                    write(content[: len(content) // 2])
+                    flush()
+                os.kill(os.getpid(), signum)
             write(content)
 
         file.write, file.flush, file.close = write_half, die_before(flush), die_before(file.close)
@@ -133,13 +143,14 @@ def die_at(moment: int) -> None:
 def find_losses(saves: Saves, step: int = 1) -> Iterator[str]:
     """For each moment at which a save can die, what that loses: nothing is ""."""
     for moment in itertools.count(step=step):
-        died, loss = saves.save_and_die(moment), ""
+        status, loss = saves.save_and_die(moment), ""
+        assert status in (0, -signal.SIGKILL)
         try:
             saves.check()
         except (AssertionError, utils.UserError) as error:
             loss = f"at operation {moment}: {error}"
         yield loss
-        if not died:
+        if status == 0:
             return
 
 
@@ -152,6 +163,24 @@ def test_process_that_dies_at_any_file_operation_of_a_save_loses_nothing(saves):
     *losses, whole = find_losses(saves)
     print(f"died at {len(losses)} operations, {sum(map(bool, losses))} lost something")
     assert len(losses) > 100 and not any(losses) and not whole
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_at_any_file_operation_of_a_save_ends_with_the_message(signum, status, saves):
+    ends = []
+    for moment in itertools.count():
+        end = saves.save_and_die(moment, signum)
+        said = (saves.folder / "stderr").read_text()
+        if end == 0:
+            break
+        ends.append((end, said))
+        best, last, _ = saves.load()
+        assert (best["epoch"], last["epoch"]) == (2, 2)  # it waits for the end of the save
+    print(f"{len(ends)} signals {signum}, all ended with the message and status {status}")
+    assert len(ends) > 100
+    saved = f"epoch 2 is safe in {saves.folder / 'last.pt'}; to continue: python train.py "
+    for end, said in ends:
+        assert end == status and said.startswith(f"\nstopped  {saved}") and said.count("\n") == 2
 
 
 def test_last_saved_before_best_would_be_found(saves, monkeypatch):

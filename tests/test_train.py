@@ -54,7 +54,7 @@ def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     assert labels == [
         *(
             "device",
-            "changed",
+            "settings",
             "data",
             "model",
             "note",
@@ -124,6 +124,23 @@ def new_run(finished_run, tmp_path_factory):
     return script, folder
 
 
+def test_same_command_starts_a_run_and_continues_it_when_requeued(tmp_path):
+    flags = ["--epochs", "1", "--resume-if-saved"]
+    first = train_tiny(tmp_path, *flags)
+    assert "epoch    1/1" in first.stdout and "resume " not in first.stdout
+    again = train_tiny(tmp_path, *flags, "--epochs", "2")
+    assert "resume   demo/last.pt, after epoch 1" in again.stdout and "epoch    2/2" in again.stdout
+    assert not list((tmp_path / "demo").glob("earlier-*"))
+
+
+def test_first_line_after_the_device_holds_every_setting(finished_run):
+    out = next(finished_run.glob("*.out")).read_text()
+    line = next(line for line in out.splitlines() if line.startswith("settings"))
+    found = dict(setting.split("=", 1) for setting in line.split()[1:])
+    assert found["batch_size"] == "20" and found["weights"] == "" and found["flip"] == "0.0"
+    assert found.keys() == vars(settings()).keys()
+
+
 def test_two_runs_with_one_seed_are_identical_and_with_another_are_not(
     four_epochs, finished_run, new_run
 ):
@@ -173,6 +190,7 @@ def test_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(fini
         ("--learning-rate", "0.5", "LEARNING_RATE = 0.02", "0.5"),
         ("--seed", "3", "SEED = 0", "3"),
         ("--weights", "x.pth", "WEIGHTS = ''", "'x.pth'"),
+        ("--architecture", "resnet18", "ARCHITECTURE = 'resnet50'", "'resnet18'"),
         ("--watch", "accuracy", "WATCH = 'loss'", "'accuracy'"),
     ],
 )
@@ -193,6 +211,8 @@ def older_run(finished_run, tmp_path):
         "schedule",
         "dataset",
         "stored_size",
+        "architecture",
+        "val_batch_size",
     ):
         del state["constants"][name]
     (tmp_path / "demo").mkdir()
@@ -230,7 +250,7 @@ def test_scheduler_counts_an_epoch_as_better_exactly_when_early_stopping_does():
         history.append({"epoch": epoch, "val_loss": loss})
         run.scheduler.patience = 99
         run.scheduler.step(loss)
-        best = train.best_epoch(history, "loss")
+        best = utils.best_epoch(history, "loss")
         assert run.scheduler.num_bad_epochs == epoch - best["epoch"]
         assert run.scheduler.best == best["val_loss"]
 
@@ -302,7 +322,7 @@ def test_compiled_step_is_compiled_once_and_computes_the_same():
         loader = data.TrainLoader(digits.select(slice(16)), args)
         val_loader = data.EvalLoader(test.images[:20], 16, 32)
         torch.manual_seed(0)
-        network = model.build_model(10).to(memory_format=torch.channels_last)
+        network = model.build_model("resnet50", 10).to(memory_format=torch.channels_last)
         network.fc[2].p = 0.0  # compiled, dropout draws other numbers
         run, graphs = train.make_run(args, network, "fp32"), []
         for epoch in range(3):

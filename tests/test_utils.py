@@ -2,6 +2,7 @@
 
 import platform
 import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,13 +17,14 @@ import train
 import utils
 
 SCRIPT = """
-EPOCHS = 60  # at most 100 % of them
-RATE = 0.1  # the step
-NAME = "a"  # which
+EPOCHS = 60  # at most 100 % of them [1, 100]
+RATE = 0.1  # the step [0.0, 1]
+NAME = "a"  # which ["a", "b"]
+PATH = "x"  # a file
+OTHER = "x"  # a file; "" for none
 FAST = False  # quickly
 PATHS = []  # some files
 DEMO = False  # try it
-ALLOWED = {"EPOCHS": (1, 100), "NAME": ["a", "b"], "RATE": (0.0, 1)}
 DEMO_SETTINGS = {"EPOCHS": 2, "RATE": 0.5}
 """
 
@@ -33,23 +35,54 @@ def parse(tmp_path, *argv):
 
 
 def test_every_constant_is_a_flag_of_its_type(tmp_path):
-    args, changed = parse(
-        tmp_path, "--epochs", "3", "--rate", "1e-2", "--fast", "--paths", "x", "y"
-    )
-    expected = {"epochs": 3, "rate": 0.01, "fast": True, "paths": ["x", "y"]}
-    assert changed == expected and vars(args) == expected | {"name": "a", "demo": False}
-    assert parse(tmp_path, "--no-fast")[1] == {}
+    args = parse(tmp_path, "--epochs", "3", "--rate", "1e-2", "--fast", "--paths", "x", "y")
+    expected = {"epochs": 3, "rate": 0.01, "name": "a", "path": "x", "other": "x", "fast": True}
+    assert vars(args) == expected | {"paths": ["x", "y"], "demo": False}
+    assert parse(tmp_path, "--no-fast").fast is False
 
 
 def test_edited_constant_keeps_its_type(tmp_path, capsys):
     (tmp_path / "script.py").write_text(SCRIPT.replace("RATE = 0.1 ", "RATE = 0 "))
-    args, _ = utils.parse_flags(str(tmp_path / "script.py"), ["--rate", "0.05"])
+    args = utils.parse_flags(str(tmp_path / "script.py"), ["--rate", "0.05"])
     assert args.rate == 0.05
     for wrong in ('"60"', "60.0"):
         (tmp_path / "script.py").write_text(SCRIPT.replace("EPOCHS = 60 ", f"EPOCHS = {wrong} "))
         with pytest.raises(SystemExit):
             utils.parse_flags(str(tmp_path / "script.py"), [])
         assert re.search(r"--epochs '?60(.0)?'?: expected 1 to 100", capsys.readouterr().err)
+
+
+def test_constants_survive_a_byte_order_mark_and_annotations(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.replace("EPOCHS = 60", "EPOCHS: int = 60"), encoding="utf-8-sig")
+    assert utils.parse_flags(str(path), []).epochs == 60
+    assert utils.parse_flags(str(path), ["--epochs", "7"]).epochs == 7
+
+
+def test_empty_string_is_allowed_only_where_the_comment_mentions_it(tmp_path, capsys):
+    assert parse(tmp_path, "--other", "").other == ""
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "--path", "")
+    assert "--path '': expected a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("--batch_size", "--batch-size"),
+        ("--lr", "--learning-rate"),
+        ("--wd", "--weight-decay"),
+        ("--epoch", "--epochs"),
+        ("--LR", "--learning-rate"),
+    ],
+)
+def test_unknown_flag_is_answered_with_the_one_that_was_meant(wrong, meant, capsys):
+    with pytest.raises(SystemExit):
+        train.main([wrong, "3"])
+    assert f"arguments: {wrong} 3; did you mean {meant}? --help" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--frobnicate"])
+    assert "arguments: --frobnicate; --help lists the flags" in capsys.readouterr().err
 
 
 def test_constant_that_is_no_literal_is_named(tmp_path):
@@ -63,13 +96,14 @@ def test_help_shows_each_comment_type_and_default(tmp_path, capsys):
         parse(tmp_path, "--help")
     out = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    assert "--epochs INT at most 100 % of them (default: 60)" in out
+    assert "--epochs INT at most 100 % of them [1, 100] (default: 60)" in out
+    assert "--name STR which ['a', 'b'] (default: 'a')" in out
     assert "--fast, --no-fast quickly (default: False)" in out
 
 
 def test_flags_win_over_demo_settings_and_those_over_the_constants(tmp_path):
-    assert parse(tmp_path)[0].epochs == 60
-    args, _ = parse(tmp_path, "--demo", "--rate", "0.7")
+    assert parse(tmp_path).epochs == 60
+    args = parse(tmp_path, "--demo", "--rate", "0.7")
     assert (args.epochs, args.rate, args.name) == (2, 0.7, "a")
 
 
@@ -99,7 +133,7 @@ def test_every_constant_of_a_script_is_commented_and_read(script):
     """A comment is the flag's help; a constant that nothing reads would be a lie."""
     source = (ROOT / script).read_text()
     readers = source + "".join((ROOT / name).read_text() for name in ("data.py", "utils.py"))
-    args, _ = utils.parse_flags(str(ROOT / script), [])
+    args = utils.parse_flags(str(ROOT / script), [])
     for name in vars(args):
         line = re.search(rf"^{name.upper()} = .*$", source, re.MULTILINE).group()
         assert re.search(r"  # \S", line), f"{name.upper()} has no comment"
@@ -196,7 +230,7 @@ def histories(watch: str, values: list[float]) -> list[list[dict]]:
 
 
 def best_epochs(watch: str, values: list[float]) -> list[int]:
-    return [train.best_epoch(history, watch)["epoch"] for history in histories(watch, values)]
+    return [utils.best_epoch(history, watch)["epoch"] for history in histories(watch, values)]
 
 
 def stops(watch: str, values: list[float], patience: int) -> list[bool]:
@@ -279,15 +313,40 @@ def test_a_driver_that_torch_cannot_use_is_not_called_no_gpu(monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory."), "GPU memory is exhausted: less.\nall safe"),
         (torch.AcceleratorError("CUDA error: out of memory"), "exhausted: less.\nall safe"),
         (
-            torch.AcceleratorError("CUDA error: unspecified"),
-            "failed: .*\nall safe; to continue: go",
+            torch.AcceleratorError("CUDA error: bad"),
+            "failed: CUDA error: bad\nall safe; to continue: go",
         ),
         (FloatingPointError("the loss is nan"), "the loss is nan.\nall safe"),
+        (
+            RuntimeError("[gloo/pair.cc:1] Connection closed by peer"),
+            "another process cannot be reached: .*\nall safe; to continue: go",
+        ),
     ],
 )
-def test_failing_gpu_is_explained_and_continued_only_where_that_can_help(error, message):
-    with (
-        pytest.raises(utils.UserError, match=f"^stopped  .*{message}$"),
-        utils.explained_exit(lambda: "all safe", "go", "less"),
-    ):
+def test_failing_gpu_is_explained_and_continued_only_where_that_can_help(
+    error, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # pytest has handlers of its own
+    monkeypatch.setattr(utils._Ending, "command", "go")
+    with pytest.raises(SystemExit) as end, utils.explained_exit("all safe", "less"):
+        raise error
+    assert end.value.code == 1
+    assert re.fullmatch(rf"stopped  .*{message}\n", capsys.readouterr().err)
+
+
+def test_signal_that_nohup_ignores_stays_ignored(monkeypatch):
+    installed = []
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: installed.append(signum))
+    ignored = {signal.SIGHUP: signal.SIG_IGN}
+    monkeypatch.setattr(signal, "getsignal", lambda signum: ignored.get(signum, signal.SIG_DFL))
+    with utils.explained_exit("all safe", "less"):
+        pass
+    expected = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+    assert set(installed) == expected
+
+
+@pytest.mark.parametrize("error", [RuntimeError("our own bug"), KeyError("x")])
+def test_an_error_of_ours_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(type(error)), utils.explained_exit("all safe", "less"):
         raise error
