@@ -306,7 +306,8 @@ def connect(device_name: str) -> torch.device:
     if device.type == "cuda":
         backend, options["device_id"] = "nccl", device
     options |= {"store": dist.PrefixStore("group", _store), "rank": this.rank}
-    _wait_for_all("connect")
+    if len(set(_wait_for_all("connect", backend))) > 1:
+        raise UserError("Some processes have a GPU and others none: start all with --device cpu")
     dist.init_process_group(backend, world_size=this.world_size, **options)
     say("torchrun", f"processes: {this.world_size}, {backend}")
     return device
@@ -352,8 +353,8 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
     first, *others = map(json.loads, _wait_for_all("facts", json.dumps(own)))
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
-            if other[name] != value:
-                ours, theirs = (shorten(repr(x)) for x in (value, other[name]))
+            if other.get(name) != value:
+                ours, theirs = (shorten(repr(x)) for x in (value, other.get(name)))
                 raise UserError(
                     f"The processes do not do the same run: {name} is {ours} on rank 0, but "
                     f"{theirs} on rank {rank}.\nStart them with the same flags, files and data"

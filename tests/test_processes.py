@@ -130,6 +130,21 @@ def test_another_learning_rate_in_one_process_is_refused_by_name(tmp_path):
     assert_refused(run_two(tmp_path, RUN, [*RUN, "--learning-rate", "0.03"]), message)
 
 
+def have_a_gpu(rank: int, port: int) -> None:
+    """In a process of two: it would use a GPU, which is never touched."""
+    be_one_of_two(rank, port)
+    utils.choose_device = lambda *args: torch.device("cuda")
+
+
+def test_gpu_in_one_process_alone_is_refused(tmp_path):
+    port = find_free_port()
+    roles = [functools.partial(role, r, port) for r, role in enumerate((be_one_of_two, have_a_gpu))]
+    scripts = [Script("train.py", *RUN, cwd=tmp_path, prepare=role) for role in roles]
+    assert [script.wait() for script in scripts] == [1, 1]
+    said = "".join(script.stderr for script in scripts)
+    assert "Some processes have a GPU and others none" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("counts", [(14, 14), (24, 14)])
 def test_other_pictures_in_one_process_are_refused(counts, tmp_path):
     rng = np.random.default_rng(0)
