@@ -98,9 +98,9 @@ def read_split(
 ) -> tuple[Split, list[str]]:
     """The images and labels of one part, "train" or "test", on the CPU, and the class names.
 
-    settings: dataset, data_dir and stored_size, as in train.py. The rest is for a folder: the
-    classes that it must not exceed, and whether to show no progress and name no skipped pictures.
-    Raises DataError.
+    settings: dataset, data_dir and stored_size, as in train.py. For a folder: classes are the only
+    ones allowed, if given; quiet shows no progress and does not list skipped pictures. Raises
+    DataError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
@@ -154,12 +154,12 @@ def read_splits(
 
 
 def has_test_images(dataset: str) -> bool:
-    """Whether there are other images than those to train on: a folder may lack its val/."""
+    """Whether the data set has test images; a folder may lack val/."""
     return dataset in BUILT_IN or Path(dataset, "val").is_dir()
 
 
 def name_test_images(dataset: str) -> str:
-    """What messages call them."""
+    """The name of the test images in messages."""
     return "the test images" if dataset in BUILT_IN else str(Path(dataset, "val"))
 
 
@@ -321,9 +321,9 @@ def _list_pictures(folder: Path) -> ImageFolder:
 def require_memory(
     settings: Namespace, parts: Sequence[str], device: torch.device, processes: int = 1
 ) -> None:
-    """Raises DataError if pictures do not fit the device, or twice the machine's memory.
+    """Raises DataError unless a folder's pictures fit on the device and, twice, into memory.
 
-    Twice, because splitting them copies them; for each of the processes on this machine.
+    Twice, because splitting them copies them, and for each of the processes on this machine.
     """
     if settings.dataset in BUILT_IN:
         return
@@ -650,8 +650,8 @@ class TrainLoader:
 class EvalLoader:
     """Batches of images for evaluation, resized and normalized only, in order.
 
-    All batches have one shape, for which a GPU's kernels are chosen once: the last is filled up
-    with copies of the last image, of which model.predict() returns nothing.
+    All batches have the same shape, so that cuDNN chooses its kernels once: the last is padded with
+    copies of the last image, which model.predict() drops.
     """
 
     def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:

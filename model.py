@@ -64,9 +64,10 @@ def load_pretrained(model: nn.Module, weights: dict[str, Tensor], with_head: boo
 
     Raises RuntimeError if they do not fit.
     """
-    own = {} if with_head else {f"fc.{name}": x for name, x in model.fc.state_dict().items()}
-    weights = {name: x.float() for name, x in weights.items() if with_head or name[:3] != "fc."}
-    model.load_state_dict(weights | own)
+    if not with_head:
+        weights = {name: x for name, x in weights.items() if not name.startswith("fc.")}
+        weights |= {f"fc.{name}": x for name, x in model.fc.state_dict().items()}
+    model.load_state_dict(weights)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -88,7 +89,7 @@ def predict(
 def extract_features(
     model: nn.Module, loader: Iterable[Tensor], dtype: torch.dtype, progress: bool = False
 ) -> Tensor:
-    """What the head gets to see (N, num_features), in eval mode, of the images of an EvalLoader."""
+    """The head's inputs (N, num_features), in eval mode, for the images of an EvalLoader."""
     backbone = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
     return predict(backbone, loader, dtype, progress).to(model.fc[0].weight.dtype)
 

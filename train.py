@@ -6,7 +6,8 @@
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
-Every constant below is also a flag: EPOCHS = 60 is --epochs 60. Then: python evaluate.py
+Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60. Then: python
+evaluate.py
 """
 
 import copy
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 
 import data
 import model as resnet
@@ -48,24 +50,24 @@ FREEZE_BATCH_NORM = False  # train with the pretrained batch-norm statistics, wi
 
 # Training
 HEAD_EPOCHS = 0  # epochs that train only the head first, on features computed once [0, 100_000]
-HEAD_LEARNING_RATE = 0.05  # of the head-only epochs; cosine decay to zero [1e-9, 1000]
-EPOCHS = 60  # at most; early stopping usually ends a run sooner; 0: only the head [0, 100_000]
+HEAD_LEARNING_RATE = 0.05  # initial learning rate of those; cosine decay to zero [1e-9, 1000]
+EPOCHS = 60  # at most, with early stopping before that; 0 trains only the head [0, 100_000]
 BATCH_SIZE = 128  # images per step, over all processes together [1, 50_000]
-LEARNING_RATE = 0.01  # the initial one; with SCHEDULE = "cosine" the highest one [1e-9, 1000]
+LEARNING_RATE = 0.01  # initial; with SCHEDULE = "cosine" the peak [1e-9, 1000]
 MOMENTUM = 0.9  # SGD momentum [0.0, 1]
 WEIGHT_DECAY = 5e-4  # SGD weight decay [0.0, 1000]
-SCHEDULE = "plateau"  # drops without improvement, or falls to zero by EPOCHS ["plateau", "cosine"]
+SCHEDULE = "plateau"  # of the rate: drops on a plateau, or cosine to zero ["plateau", "cosine"]
 SCHEDULER_FACTOR = 0.1  # plateau: a drop multiplies the learning rate by this [0.0, 0.999]
-SCHEDULER_PATIENCE = 2  # plateau: it drops after more epochs without improvement [0, 100_000]
+SCHEDULER_PATIENCE = 2  # plateau: epochs without improvement before a drop [0, 100_000]
 WARMUP_EPOCHS = 0.0  # cosine: epochs in which the rate rises from zero [0.0, 100_000]
-EARLY_STOPPING_PATIENCE = 7  # the run stops after this many epochs without improvement [1, 100_000]
-WATCH = "loss"  # the validation figure that must improve and selects best.pt ["loss", "accuracy"]
+EARLY_STOPPING_PATIENCE = 7  # epochs without improvement before the run stops [1, 100_000]
+WATCH = "loss"  # validation figure for best.pt, early stopping, plateau ["loss", "accuracy"]
 LABEL_SMOOTHING = 0.0  # share of each training label that is spread over all classes [0.0, 1]
 EMA_DECAY = 0.0  # validate and save a moving average of the weights; 0 for none [0.0, 0.9999]
-SEED = 0  # for head initialization, image order, augmentation, dropout [0, 4_294_967_295]
+SEED = 0  # random seed: head, image order, augmentation, dropout [0, 4_294_967_295]
 
 # Images
-STORED_SIZE = 0  # for a folder: pixels per side at which its pictures are stored [0, 1024]
+STORED_SIZE = 0  # pixels per side at which a folder's pictures are stored; else 0 [0, 1024]
 IMAGE_SIZE = 224  # pixels per side that stored images are resized to for the network [32, 1024]
 HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0: the test images [0, 100_000]
 TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all [0, 100_000]
@@ -77,7 +79,7 @@ CROP_PADDING = 4  # black pixels per side around the stored image before a rando
 BRIGHTNESS = 0.2  # brightness is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
 CONTRAST = 0.2  # contrast is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
 SATURATION = 0.2  # saturation is multiplied by a factor from 1 - this to 1 + this [0.0, 100]
-HUE = 0.05  # hues shift by up to this, in turns of the colour wheel [0.0, 0.5]
+HUE = 0.05  # hues shift by up to this fraction of the colour wheel [0.0, 0.5]
 ROTATION = 10.0  # degrees of rotation, at most, in either direction [0.0, 180]
 GRAYSCALE = 0.05  # probability of becoming gray [0.0, 1]
 MIXUP = 0.0  # alpha of mixup: images are blended with a neighbour in the batch [0.0, 100]
@@ -85,14 +87,14 @@ CUTMIX = 0.0  # alpha of CutMix: a box of each image comes from its neighbour [0
 
 # Machine
 DEVICE = "auto"  # where to train ["auto", "cuda", "mps", "cpu"]
-PRECISION = "auto"  # of the convolutions ["auto", "bf16", "fp16", "fp32"]
+PRECISION = "auto"  # of the network; its head computes in fp32 ["auto", "bf16", "fp16", "fp32"]
 COMPILE = False  # compile the network: a slower start, then faster steps
-LOG_EVERY = 20  # steps between readings of the loss, for the bar and to stop on NaN [1, 100_000]
+LOG_EVERY = 20  # steps between readings of the loss, to show it and stop on NaN [1, 100_000]
 
 # Actions
 RESUME = False  # continue from CHECKPOINT_DIR/last.pt
-RESUME_IF_SAVED = False  # the same if there is one, otherwise start: for schedulers that requeue
-DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; flags still win
+RESUME_IF_SAVED = False  # the same if it exists, else start: for clusters that requeue jobs
+DEMO = False  # train on scikit-learn's digits with DEMO_SETTINGS; other flags take precedence
 DEMO_SETTINGS = {
     "DATASET": "digits",
     "CHECKPOINT_DIR": "checkpoints/demo",
@@ -131,31 +133,29 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model
     model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
-    utils.require_same_run(args, facts | {"precision": precision})
+    utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
     utils.broadcast(model.state_dict().values())  # rank 0's weights
     run = make_run(args, model, precision)
-    describe(run, args, train_loader, len(val_labels))
 
     # Restore, or start
     metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
         utils.restore(checkpoint, last, run.parts(), facts)
+        del checkpoint  # and its memory
     else:
         utils.move_aside(last.parent)
         utils.save_run(last.parent, metadata, run.parts(), history)
+    first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
+    estimate_time(run, args, train_loader, len(val_labels), first)
 
     # Wrap, train
     run.network = wrap_network(model, args.compile)
-    first = 0 if args.head_epochs else 1  # epoch 0 trains the head alone
-    for epoch in range(first + len(history), args.epochs + 1):
+    for epoch in range(first, args.epochs + 1):
         if should_stop(history, args):
             break
         start = time.perf_counter()
-        if epoch == 0:
-            figures = train_head(run, train_loader, args)
-        else:
-            figures = train_one_epoch(run, train_loader, epoch, args)
+        figures = train_one_epoch(run, train_loader, epoch, args)
         figures |= validate(run, val_loader, val_labels)
         history.append({"epoch": epoch, **figures, "seconds": time.perf_counter() - start})
         is_best = finish_epoch(run, history, args)
@@ -168,14 +168,18 @@ def main(argv: list[str] | None = None) -> None:
 def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Namespace) -> dict:
     """One pass over the data; returns learning_rate, train_loss, train_accuracy, images_per_second.
 
-    Loss and accuracy are means over the images as they were trained on, of all processes; the rate
-    is that of the middle of the epoch. Raises FloatingPointError if the loss is no longer finite.
+    Epoch 0 trains the head alone. Loss and accuracy are means over the images as they were trained
+    on, of all processes; the rate is that of the middle of the epoch. Raises FloatingPointError if
+    the loss is no longer finite.
     """
+    if epoch == 0:
+        return train_head(run, loader, args)
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     steps, start = len(loader), time.perf_counter()
     loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
-    bar = utils.progress_bar(f"epoch {epoch}", steps * loader.batch_size, unit="image")
+    options = {"unit": "image", "leave": False, "disable": not utils.on_terminal()}
+    bar = tqdm(total=steps * loader.batch_size, desc=f"epoch {epoch}", **options)
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
         rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / steps)
         for group in run.optimizer.param_groups:
@@ -190,9 +194,8 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
             require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
     bar.close()
-    speed = steps * loader.batch_size / (time.perf_counter() - start)
-    sums, count = (loss_sum * len(labels), correct_sum), steps * len(labels)
-    loss, accuracy = utils.mean_over_processes(*sums, count=count)
+    speed, share = steps * loader.batch_size / (time.perf_counter() - start), len(labels)
+    loss, accuracy = utils.mean_over_processes(loss_sum * share, correct_sum, count=steps * share)
     figures = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
@@ -299,15 +302,14 @@ def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> 
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
-    """A copy of the model to hold an average, and the floating tensors of both, in one order.
-
-    The copy's tensors need no gradients; batch norm's counters it shares with the model.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    own = {id(tensor): tensor for tensor in tensors}
-    own |= {id(tensor): tensor.detach().clone() for tensor in floating}
-    return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
+    """A copy of the model to hold an average, and the floating tensors of both, in one order."""
+    average = copy.deepcopy(model).requires_grad_(False)
+    for module, original in zip(average.modules(), model.modules()):
+        for name, buffer in original.named_buffers(recurse=False):
+            if not buffer.is_floating_point():
+                setattr(module, name, buffer)  # shared: batch norm's counters are not averaged
+    states = [network.state_dict().values() for network in (average, model)]
+    return average, [[x for x in state if x.is_floating_point()] for state in states]
 
 
 def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
@@ -421,7 +423,9 @@ def make_loaders(
     args: Namespace, this: utils.Processes, device: torch.device
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, dict]:
     """The loaders, on the device; the labels of this process's validation images; data's facts."""
-    utils.once_per_machine("data", lambda: data.fetch(args))
+    if this.local_rank == 0:  # one process per machine downloads
+        data.fetch(args)
+    utils.exchange("data")
     options = {"processes": this.local_world_size, "quiet": this.rank > 0}
     train_split, val_split, facts = data.read_splits(args, device, **options)
     sizes = len(train_split.labels), len(val_split.labels)
@@ -450,6 +454,9 @@ def make_model(
     if pretrained and utils.this_process().rank == 0:
         load_weights(model, args, classes)
     resnet.freeze_stages(model, args.freeze_stages)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = args.weights or "random weights"
+    utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
     return model.to(device, memory_format=data.memory_format(device))
 
 
@@ -515,15 +522,14 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
 
-def describe(run: Run, args: Namespace, loader: data.TrainLoader, val_images: int) -> None:
-    """Prints the size of the model and, without a GPU, how long the epochs take at most.
+def estimate_time(
+    run: Run, args: Namespace, loader: data.TrainLoader, val_images: int, first: int
+) -> None:
+    """Without a GPU, prints how long the epochs from the first one on take at most.
 
-    That is estimated from a timed forward pass: a training step costs about three of them per
-    image, training the head one.
+    Estimated from a timed forward pass: a training step costs about three of them per image,
+    training the head one.
     """
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    source = args.weights or "random weights"
-    utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
     if loader.images.device.type != "cpu":
         return
     sample = data.EvalLoader(loader.images[:32], 32, args.image_size)
@@ -533,20 +539,21 @@ def describe(run: Run, args: Namespace, loader: data.TrainLoader, val_images: in
     per_image = (time.perf_counter() - start) / len(sample.images)
     trained = len(loader) * loader.batch_size / loader.world_size
     epoch, head = (per_image * (passes * trained + val_images) for passes in (3, 1))
-    total = args.epochs * epoch + (head if args.head_epochs else 0)
-    note = f"no GPU in use: an epoch takes about {duration(epoch)} here, the run {duration(total)}"
+    total = epoch * max(0, args.epochs + 1 - max(first, 1)) + (head if first == 0 else 0)
+    times = f"an epoch takes about {duration(epoch)} here, the run at most {duration(total)}"
+    note = f"no GPU in use: {times}"
     if args.image_size > 160:
         smaller = duration(total * (128 / args.image_size) ** 2)
-        note += f" at most; with --image-size 128 about {smaller}"
+        note += f"; with --image-size 128 about {smaller}"
     utils.say("note", note)
 
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that a person would use."""
-    for size, unit in ((3600, "hours"), (60, "minutes")):
+    for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} s"
 
 
 def epoch_line(row: dict[str, float], epochs: int) -> str:
@@ -566,7 +573,8 @@ def report(args: Namespace, history: list[dict]) -> None:
         count = epochs_since_best(history, args)
         utils.say("stopped", f"no better validation {args.watch} in {count} epochs")
     else:
-        utils.say("finished", f"all {args.epochs} epochs" if args.epochs else "the head alone")
+        epochs = history[-1]["epoch"]
+        utils.say("finished", f"all {epochs} epochs" if epochs else "the head alone")
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")

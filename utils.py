@@ -25,7 +25,6 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 try:
     import fcntl
@@ -262,7 +261,6 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1  # processes on this machine
-    machine: int = 0
     machines: int = 1
     restarts: int = 0  # how often torchrun has restarted the workers
     max_restarts: int = 0
@@ -273,10 +271,13 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
-    names += ["GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"]
+    names += ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     numbers = [int(os.environ[name]) for name in names]
-    return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}")
+    # torchrun's log folder has a random name; ATTEMPT/LOCAL_RANK/error.json follow it.
+    log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent.name
+    launcher = f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}/{log}"
+    return Processes(*numbers, launcher)
 
 
 _store: dist.Store | None = None  # of the processes that connect() has brought together
@@ -295,8 +296,8 @@ def connect(device_name: str) -> torch.device:
     if this.machines > 1 and this.max_restarts:
         raise UserError(
             f"--max-restarts {this.max_restarts} on {this.machines} machines: expected 0, because "
-            "torchrun counts the restarts of each machine apart.\nStart it again, by hand or by "
-            "your scheduler, with --resume-if-saved"
+            "torchrun counts restarts per machine.\nStart it again, yourself or from your "
+            "scheduler, with --resume-if-saved"
         )
     store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
     # Restarted workers must not read what the ones before them left in torchrun's store.
@@ -306,66 +307,53 @@ def connect(device_name: str) -> torch.device:
     if device.type == "cuda":
         backend, options["device_id"] = "nccl", device
     options |= {"store": dist.PrefixStore("group", _store), "rank": this.rank}
-    if len(set(_wait_for_all("connect", backend))) > 1:
-        raise UserError("Some processes have a GPU and others none: start all with --device cpu")
+    if len(set(exchange("device", device.type))) > 1 or device.type == "mps":
+        raise UserError("The processes need a GPU each, or all of them --device cpu")
     dist.init_process_group(backend, world_size=this.world_size, **options)
     say("torchrun", f"processes: {this.world_size}, {backend}")
     return device
 
 
-def _wait_for_all(what: str, value: str = "") -> list[str]:
+def exchange(what: str, value: str = "") -> list[str]:
     """Waits until every process has called this; returns the values that they gave, by rank.
 
-    It waits in Python, where signals are handled, and needs no process group.
+    It waits in Python, where signals are handled, and longer than a process group would. Raises
+    UserError if one does not come. Each name can be used once.
     """
     this = this_process()
-    _store.set(f"{what}, rank {this.rank}", value)
+    if _store is None:
+        return [value]
     keys = [f"{what}, rank {rank}" for rank in range(this.world_size)]
-    _wait_for(keys)
-    return [_store.get(key).decode() for key in keys]
-
-
-def _wait_for(keys: list[str]) -> None:
+    _store.set(keys[this.rank], value)
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while not _store.check(keys):
         if time.monotonic() > deadline:
-            raise UserError(f"Another process has not finished after {PATIENCE}: {keys[0]}")
+            late = next(key for key in keys if not _store.check([key]))
+            raise UserError(f"Waited {PATIENCE} for another process: {late}")
         time.sleep(0.02)
-
-
-def once_per_machine(name: str, task: Callable[[], None]) -> None:
-    """Does a task in the first process of each machine; the other processes there wait for it."""
-    this = this_process()
-    if this.local_rank == 0:
-        task()
-        if _store is not None:
-            _store.set(f"{name}, machine {this.machine}", "")
-    else:
-        _wait_for([f"{name}, machine {this.machine}"])
+    return [_store.get(key).decode() for key in keys]
 
 
 def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None:
     """Raises UserError, on every process, unless the constants and facts of all are the same."""
-    if _store is None:
-        return
     constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
     own = constants | facts | {"torch": torch.__version__}
-    first, *others = map(json.loads, _wait_for_all("facts", json.dumps(own)))
+    first, *others = map(json.loads, exchange("facts", json.dumps(own)))
     for rank, other in enumerate(others, start=1):
-        for name, value in first.items():
-            if other.get(name) != value:
-                ours, theirs = (shorten(repr(x)) for x in (value, other.get(name)))
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                ours, theirs = (shorten(repr(facts.get(name))) for facts in (first, other))
                 raise UserError(
-                    f"The processes do not do the same run: {name} is {ours} on rank 0, but "
+                    f"The processes were started differently: {name} is {ours} on rank 0, but "
                     f"{theirs} on rank {rank}.\nStart them with the same flags, files and data"
                 )
 
 
-def from_rank_0(make: Callable[[], object]) -> object:
-    """What make() returns on rank 0, on every process: plain types and tensors on the CPU."""
-    holder = [make() if this_process().rank == 0 else None]
-    if _store is not None:
-        _wait_for_all("checkpoint")
+def from_rank_0(read: Callable[[], dict | None]) -> dict | None:
+    """The checkpoint that read() returns on rank 0, on every process."""
+    holder = [read() if this_process().rank == 0 else None]
+    exchange("checkpoint")
+    if dist.is_initialized():
         dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
@@ -409,7 +397,7 @@ CONTENTS = {
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher, validation and the state of all else that training changes
-RUN_FILES = ("best.pt", "last.pt", "history.csv")
+RUN_FILES = ("last.pt", "best.pt", "history.csv")
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
 WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved"}
@@ -477,7 +465,7 @@ def load_safely(path: str | Path, zip_only: bool = True) -> object:
     """torch.load onto the CPU, after the checks it lacks; runs no code from the file.
 
     It verifies no checksum and unpacks deflated bombs. zip_only refuses its format of before 2020,
-    which has no checksums. Raises what is wrong as it comes.
+    which has no checksums. Raises any error unchanged.
     """
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
@@ -511,7 +499,7 @@ def require_sound(state_dict: dict[str, Tensor]) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint of train.py onto the CPU; runs no code from it. Raises UserError.
 
-    Constants that are missing from an older checkpoint take their defaults in train.py.
+    Constants that were added since it was written have their defaults in train.py.
     """
     try:
         checkpoint = load_safely(path)
@@ -537,9 +525,12 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error's message, without a full stop."""
+    """What an error says, on one line, without a full stop."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     text = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return shorten(text.splitlines()[0]).rstrip(".")
+    first, *others = text.splitlines()
+    return shorten(others[-1] if first.endswith(":") else first).rstrip(".")  # a mere heading
 
 
 def shorten(text: str) -> str:
@@ -548,7 +539,7 @@ def shorten(text: str) -> str:
 
 
 def with_defaults(run: dict) -> dict:
-    """The constants of a run; one that is younger than the run has train.py's default."""
+    """The constants of a run; one that was added since has its default in train.py."""
     own = read_constants(str(Path(__file__).with_name("train.py")))
     defaults = {name.lower(): x.value for name, x in own.items() if not isinstance(x.value, dict)}
     return defaults | {"dataset": run["dataset"]} | run["constants"]
@@ -587,20 +578,29 @@ def restore(checkpoint: dict, path: Path, parts: dict[str, object], data_facts: 
     """
     with explained_misfit(path):
         if checkpoint["classes"] != data_facts["classes"]:
-            raise ValueError("it was trained on other classes than the data set has now")
+            raise ValueError("its classes are not those of the data set")
         for name, use in (("dataset", "trained"), ("validation", "validated")):
             was, now = checkpoint.get(name, data_facts[name]), data_facts[name]
             if was != now:
                 raise ValueError(f"it was {use} on other images: {was}; the data set has {now}")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        for parameter, state in parts["optimizer"].state.items():
-            for value in state.values():  # whose shapes torch does not check
-                if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError("the optimizer's state has other shapes than the model")
+        for parameter, state in parts["optimizer"].state.items():  # torch checks no shapes
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.dim():
+                    if value.shape != parameter.shape:
+                        raise ValueError("the optimizer's state has other shapes than the model")
+                    # Fused SGD wants the parameter's strides, which differ on MPS.
+                    state[name] = torch.empty_like(parameter).copy_(value)
     _note_what_is_safe(path, checkpoint["history"])
     place = f"after epoch {checkpoint['epoch']}" if checkpoint["history"] else "at its start"
     say("resume", f"{path}, {place}")
+    if (
+        this_process().rank == 0
+        and checkpoint["history"]
+        and not path.with_name("best.pt").exists()
+    ):
+        say("note", "there is no best.pt beside it; one is written at the next best epoch")
 
 
 @contextmanager
@@ -609,20 +609,22 @@ def explained_misfit(path: str | Path, target: str = "this program") -> Iterator
     try:
         yield
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path} does not fit {target}: {shorten(lines[-1])}") from error
+        raise UserError(f"{path} does not fit {target}: {reason_of(error)}") from error
 
 
 def best_epoch(history: list[dict], watch: str) -> dict:
-    """The figures of the best epoch by validation "loss" or "accuracy"; of equals, the first."""
+    """The figures of the best epoch by validation "loss" or "accuracy", the first of several."""
     sign = 1 if watch == "accuracy" else -1
     return max(history, key=lambda row: sign * row[f"val_{watch}"])
 
 
 def move_aside(folder: Path) -> None:
-    """Moves an earlier run's files, if there are any, into a new folder, and says so."""
+    """Moves an earlier run's files, if there are any, into a new folder, and says so: rank 0 does.
+
+    best.pt goes after last.pt, so that no last.pt is left without it.
+    """
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not files:
+    if this_process().rank or not files:
         return
     aside = folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S-%f}"
     aside.mkdir()
@@ -668,12 +670,12 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and this_process().rank == 0
 
 
-def progress_bar(description: str, total: int, unit: str) -> tqdm:
-    """A bar that disappears when it is closed; invisible unless on_terminal()."""
-    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=not on_terminal())
-
-
 # ---- how a script ends --------------------------------------------------------------------------
+
+
+# Ctrl-C, and what terminals and schedulers send; Windows has the first two
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
 
 
 class _Stopped(BaseException):
@@ -681,11 +683,11 @@ class _Stopped(BaseException):
 
 
 class _Ending:
-    """What a script that is cut short says."""
+    """State for the message of a script that is cut short, and for signals that wait."""
 
     safe = "nothing is saved yet"
     command = ""  # which continues the run
-    saving = False  # signals wait
+    signals_wait = False
     signal = 0  # the one that waits
 
 
@@ -704,7 +706,7 @@ def _note_what_is_safe(path: Path, history: list[dict]) -> None:
 
 
 def _stop(signum: int, frame: object) -> None:
-    if _Ending.saving:
+    if _Ending.signals_wait:
         _Ending.signal = signum
     else:
         raise _Stopped(signum)
@@ -716,11 +718,11 @@ def _signals_wait() -> Iterator[None]:
 
     torch.save would turn an exception in the middle of a write into one of its own.
     """
-    _Ending.saving = True
+    _Ending.signals_wait = True
     try:
         yield
     finally:
-        _Ending.saving = False
+        _Ending.signals_wait = False
     if _Ending.signal:
         raise _Stopped(_Ending.signal)
 
@@ -736,14 +738,13 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
     _Ending.safe = safe
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for letters that the output cannot encode
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signum = getattr(signal, name, None)  # Windows has two of them
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
             signal.signal(signum, _stop)
     try:
         yield
     except _Stopped as error:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
         _end(f"\nstopped  {_state()}", 128 + error.args[0])
     except BrokenPipeError:
@@ -766,9 +767,9 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
-    """Ends the script. Of the processes with the same message, the first prints it.
+    """Ends the script with a message, printed by only the first process that has it.
 
-    Below its own traceback, torchrun repeats what is in the error file.
+    torchrun repeats what is in the error file below its own traceback.
     """
     first = this_process().local_rank == 0
     if _store is not None:

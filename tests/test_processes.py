@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import NO_NAMES, ROOT, TINY, Script, be_one_of_two, find_free_port, run_script
+from scripts import (
+    NO_NAMES,
+    ROOT,
+    TINY,
+    Script,
+    be_one_of_two,
+    find_free_port,
+    link_run,
+    run_script,
+)
 from test_train import load
 
 import model as resnet
@@ -104,6 +113,29 @@ def keep_weights(rank: int, port: int) -> None:
     resnet.build_model = build_and_remember
 
 
+def wait_a_while(rank: int, port: int) -> None:
+    """In a process of two: rank 1 is late with all that comes after the model."""
+    be_one_of_two(rank, port)
+    broadcast = utils.broadcast
+
+    def broadcast_and_wait(tensors) -> None:
+        broadcast(tensors)
+        time.sleep(3 * rank)
+
+    utils.broadcast = broadcast_and_wait
+
+
+def test_only_rank_0_moves_an_earlier_run_aside(finished_run, tmp_path):
+    link_run(finished_run, tmp_path)
+    port = find_free_port()
+    roles = [functools.partial(wait_a_while, rank, port) for rank in (0, 1)]
+    scripts = [Script("train.py", *RUN, cwd=tmp_path, prepare=role) for role in roles]
+    assert [script.wait() for script in scripts] == [0, 0], scripts[0].stderr
+    (aside,) = (tmp_path / "demo").glob("earlier-*")
+    assert (aside / "last.pt").samefile(finished_run / "demo" / "last.pt")
+    assert {path.name for path in (tmp_path / "demo").glob("*.*")} >= {"last.pt", "best.pt"}
+
+
 def run_two(tmp_path: Path, *flags: list[str]) -> list[Script]:
     """Two processes that are one run, each in a folder of its own, with flags of its own."""
     port, scripts = find_free_port(), []
@@ -142,7 +174,10 @@ def test_gpu_in_one_process_alone_is_refused(tmp_path):
     scripts = [Script("train.py", *RUN, cwd=tmp_path, prepare=role) for role in roles]
     assert [script.wait() for script in scripts] == [1, 1]
     said = "".join(script.stderr for script in scripts)
-    assert "Some processes have a GPU and others none" in said and "Traceback" not in said
+    assert (
+        "The processes need a GPU each, or all of them --device cpu" in said
+        and "Traceback" not in said
+    )
 
 
 @pytest.mark.parametrize("counts", [(14, 14), (24, 14)])
