@@ -127,7 +127,7 @@ class Classifier:
         return torch.stack(logits).cpu()
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     """What a network predicts for N test images, and the figures that follow."""
 
@@ -319,9 +319,8 @@ def print_numbers(result: Result, report: str) -> None:
         if name in summary:
             utils.say(label, f"{100 * summary[name]:.2f} %{meaning}")
     if summary["tta"]:
-        single = summary["without_tta"]
-        accuracy = f"top-1 {100 * single['top1_accuracy']:.2f} %"
-        utils.say("no tta", f"loss {single['loss']:.4f}, {accuracy}")
+        loss, accuracy = (summary["without_tta"][name] for name in ("loss", "top1_accuracy"))
+        utils.say("no tta", f"loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
     if absent := len(summary["classes_without_images"]):
         classes = f"{absent} of {len(result.classes)} classes have no test image"
         utils.say("note", f"{classes}: macro F1 leaves them out, the report counts them as 0")
@@ -336,10 +335,8 @@ def read_result(folder: str, like: Result | None = None) -> Result:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         names = ("dataset", "images", "checkpoint", "epoch", "tta", "top1_accuracy")
-        summary = {name: summary[name] for name in (*names, "constants", "history")}
+        summary = {name: summary[name] for name in (*names, "constants")}
         summary["constants"] = utils.with_defaults(summary)
-        names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-        summary["history"] = [{x: float(row[x]) for x in names} for row in summary["history"]]
         path = Path(folder, "confusion_matrix.csv")
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             _, *classes = next(csv.reader(file), ())
@@ -374,7 +371,8 @@ def compare_results(args: Namespace, folder: Path) -> Path:
     sides = [[read_result(x, first) for x in paths] for paths in (args.results, args.compare)]
     comparison, picture = compare(*sides), folder / "comparison.png"
     with writing_into(folder):
-        write_json(folder / "comparison.json", comparison)
+        text = json.dumps(comparison, indent=2) + "\n"
+        (folder / "comparison.json").write_text(text, encoding="utf-8")
         draw_comparison(*sides, comparison).savefig(picture, dpi=150, bbox_inches="tight")
     print_comparison(*sides, comparison)
     utils.say("results", f"{picture}, {folder / 'comparison.json'}")
@@ -396,7 +394,6 @@ def compare(these: list[Result], others: list[Result]) -> dict:
     return compare_accuracies(*(np.stack([run.correct for run in runs]) for runs in sides)) | {
         "classes": [dict(zip(names, row)) for row in sorted(rows, key=lambda row: -row[1])],
         "different_constants": settings,
-        "folders": [[run.folder for run in runs] for runs in sides],
     }
 
 
@@ -474,14 +471,14 @@ def print_comparison(these: list[Result], others: list[Result], comparison: dict
         checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
         utils.say("compared", f"with {others[0].folder}: {checkpoint}")
     other, this = ([100 * run.correct.mean() for run in runs] for runs in (others, these))
-    for name, runs, accuracies in ("other", others, other), ("this", these, this):
-        for run, accuracy in zip(runs, accuracies) if not paired else ():
-            seed = run.summary["constants"]["seed"]
-            utils.say(name, f"top-1 {accuracy:.2f} %, SEED {seed}: {run.folder}")
+    for run, accuracy in zip(() if paired else (*others, *these), other + this):
+        name, seed = "this" if run in these else "other", run.summary["constants"]["seed"]
+        utils.say(name, f"top-1 {accuracy:.2f} %, SEED {seed}: {run.folder}")
     utils.say("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %")
     low, high = (100 * x for x in comparison["difference_interval_95"])
-    interval = f"{'paired ' * paired}95 % interval {low:+.2f} to {high:+.2f} points"
-    utils.say("change", f"{100 * comparison['difference']:+.2f} points, {interval}")
+    kind = "paired 95 % interval" if paired else "95 % interval over seeds and images"
+    change = f"{100 * comparison['difference']:+.2f} points"
+    utils.say("change", f"{change}, {kind} {low:+.2f} to {high:+.2f} points")
     if paired:
         p = comparison["mcnemar_p"]
         test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
@@ -523,10 +520,6 @@ def writing_into(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
     """Writes a header and rows as a CSV file. Names that are not UTF-8 keep their bytes."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -536,7 +529,8 @@ def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
 def write_tables(result: Result, report: str, folder: Path) -> None:
     """Writes metrics.json, the report, the confusion matrix and the predictions."""
     with writing_into(folder):
-        write_json(folder / "metrics.json", result.summary)
+        text = json.dumps(result.summary, indent=2) + "\n"
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
         (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
         header = ["class", "precision", "recall", "f1-score", "support"]
         rows = zip(result.classes, *result.scores, result.support)
@@ -550,26 +544,25 @@ def write_tables(result: Result, report: str, folder: Path) -> None:
 
 def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
-    summary, figures = result.summary, dict.fromkeys(["superclass_confusion_matrix", "comparison"])
+    summary = result.summary
     groups = list(data.SUPERCLASSES) if result.classes == data.CLASSES else []
-    figures["confusion_matrix"] = draw_matrix(result.matrix, result.classes, groups)
-    figures["per_class"], figures["reliability"] = draw_f1(result), draw_reliability(result)
-    if groups:
-        figures["superclass_confusion_matrix"] = draw_matrix(count_superclasses(result), groups)
-    if others:
-        figures["comparison"] = draw_comparison([result], others, summary["comparison"])
-    optional = {
-        "most_confused": draw_pairs(result, images) if result.pairs else None,
-        "mistakes": draw_mistakes(result, images) if result.pairs else None,
-        "training_curves": draw_curves(summary) if summary["history"] else None,
+    figures = {
+        "confusion_matrix": draw_matrix(result.matrix, result.classes, groups),
+        "per_class": draw_f1(result),
+        "reliability": draw_reliability(result),
+        "superclass_confusion_matrix": groups and draw_matrix(count_superclasses(result), groups),
+        "comparison": others and draw_comparison([result], others, summary["comparison"]),
+        "most_confused": result.pairs and draw_pairs(result, images),
+        "mistakes": result.pairs and draw_mistakes(result, images),
+        "training_curves": summary["history"] and draw_curves(summary),
     }
     with writing_into(folder):
-        for name, figure in (figures | optional).items():
+        for name, figure in figures.items():
             path = folder / f"{name}.png"
             path.unlink(missing_ok=True)  # an earlier evaluation may have left it
             if figure:
                 figure.savefig(path, dpi=150, bbox_inches="tight")
-            elif name in optional:
+            elif name in ("most_confused", "mistakes", "training_curves"):
                 utils.say("note", f"nothing to draw in {path.name}")
 
 
@@ -716,79 +709,55 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
 
 
 def draw_curves(summary: dict) -> Figure:
-    """Loss and accuracy by epoch; marks the best epoch and where the learning rate changed."""
+    """Loss, accuracy and learning rate by epoch; marks the best epoch."""
     history, watch = summary["history"], summary["constants"]["watch"]
-    sign = -1 if watch == "accuracy" else 1
-    best = min(history, key=lambda row: sign * row[f"val_{watch}"])
-    trained = [row for row in history if row["epoch"]]  # epoch 0 has a learning rate of its own
-    steps, rates = ([row[name] for row in trained] for name in ("epoch", "learning_rate"))
-    figure = new_figure(11, 4.5)
-    panels = figure.subplot_mosaic([["loss", "accuracy"]])
-    plot_history(panels, history)
-    for name, axes in panels.items():
-        label = f"best epoch by validation {watch}: {best['epoch']:.0f}"
-        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=label)
+    best = (max if watch == "accuracy" else min)(history, key=lambda row: row[f"val_{watch}"])
+    column = {name: [row[name] for row in history] for name in history[0]}
+    epochs, rates = column["epoch"], column["learning_rate"]
+    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
+    figure, dots = new_figure(11, 4.5), {"ms": 4 if len(epochs) <= 50 else 0}
+    training = "training, augmented" + first * " from epoch 1"
+    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
+    for name, axes in zip(("loss", "accuracy"), figure.subplots(1, 2)):
+        axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
+        axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
+        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
+        axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right = axes.twinx()
-        right.plot(steps, rates, ":", color="gray", drawstyle="steps-mid")
-        right.set(ylabel="learning rate (dotted)", yscale="log")
+        right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
+        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure.axes[0].set_ylim(0, None)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **style) -> None:
-    """Plots the loss and the accuracy by epoch, in training and in validation."""
-    epochs = [row["epoch"] for row in history]
-    style |= {"markersize": 4 if len(epochs) <= 50 else 0}
-    since = "" if epochs[0] else " from epoch 1"  # epoch 0 trains the head on plain images
-    parts = {"train": (f"training, augmented{since}", "o--"), "val": ("validation", "s-")}
-    for name in ("loss", "accuracy"):
-        for part, (label, line) in parts.items():
-            values = [row[f"{part}_{name}"] for row in history]
-            panels[name].plot(epochs, values, line, label=run + label, **style)
-        panels[name].set_xlabel("epoch")
-        panels[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels["loss"].set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-    panels["accuracy"].set_ylabel("accuracy")
-    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-
-
 def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
-    """The largest changes in F1, 15 each way, beside both runs' curves, or all runs of recipes."""
+    """The largest changes in F1, 15 each way; all runs, and the difference with its interval."""
     changes = largest_changes(comparison, 15)
     names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
     this, other = "steelblue", "darkorange"
     figure = new_figure(12, 8)
-    panels = figure.subplot_mosaic([["f1", "loss"], ["f1", "accuracy"]])
-    axes = panels["f1"]
-    draw_bars(axes, names, values, "%+.3f", color=[this if x > 0 else other for x in values])
-    axes.margins(x=0.2)
-    axes.set(ylim=(max(15, len(names)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other")
-    axes.set_title("" if names else "no class has changed")
-    if len(these) > 1:
-        draw_runs(panels["accuracy"], panels["loss"], {this: these, other: others}, comparison)
-        return figure
-    history = others[0].summary["history"]
-    plot_history(panels, history, "other: ", color=other, linewidth=3, alpha=0.6)
-    plot_history(panels, these[0].summary["history"], "this: ", color=this)
-    handles = panels["loss"].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
-    return figure
-
-
-def draw_runs(lower: Axes, upper: Axes, sides: dict[str, list[Result]], comparison: dict) -> None:
-    """Every run's accuracy as a point, by recipe, above the difference with its interval."""
-    for place, (color, runs) in enumerate(sides.items()):
+    panels = figure.subplot_mosaic([["f1", "runs"], ["f1", "difference"]])
+    left, upper, lower = panels.values()
+    draw_bars(left, names, values, "%+.3f", color=[this if x > 0 else other for x in values])
+    left.margins(x=0.2)
+    left.set(ylim=(max(15, len(names)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other")
+    left.set_title("" if names else "no class has changed")
+    for place, (runs, color) in enumerate([(these, this), (others, other)]):
         accuracies = [run.correct.mean() for run in runs]
         upper.plot(accuracies, [place] * len(runs), "o", color=color, alpha=0.6)
         upper.plot(np.mean(accuracies), place, "|", color=color, ms=40, mew=2)
-    upper.set(xlabel="top-1 accuracy of the runs (points) and their mean (line)", ylim=(-0.5, 1.5))
+    upper.set(xlabel="top-1 accuracy of each run (points) and their mean (line)", ylim=(-0.5, 1.5))
     upper.set_yticks([0, 1], ["this", "other"])
+    upper.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     lower.plot(comparison["difference_interval_95"], [0, 0], color="black")
     lower.plot(comparison["difference"], 0, "o", color="black")
     lower.axvline(0, color="gray", linestyle=":")
-    lower.set(xlabel="difference, this - other, with its 95 % interval", yticks=[])
-    for axes in (upper, lower):
-        axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    lower.set(xlabel="difference in points, this - other, with its 95 % interval", yticks=[])
+    lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    return figure
 
 
 def open_window(path: Path) -> None:

@@ -411,6 +411,22 @@ def test_letters_come_from_any_installed_font_or_are_escaped(tmp_path, monkeypat
 
 # ---- curves -------------------------------------------------------------------------------------
 
+COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30, 300])
+def test_curves_are_over_whole_epochs(epochs):
+    history = [{"epoch": e} | dict.fromkeys(COLUMNS, 0.5 / e) for e in range(1, epochs + 1)]
+    figure = evaluate.draw_curves({"history": history, "constants": {"watch": "loss"}})
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        assert [len(line.get_xdata()) for line in axes.get_lines()] == [epochs, epochs, 1]
+        ticks = [label.get_text() for label in axes.get_xticklabels()]
+        assert all(tick.lstrip("−").isdigit() for tick in ticks), ticks
+    for axes in figure.axes:
+        for label in axes.get_yticklabels(which="both"):
+            assert not {"e", "$"} & set(label.get_text())  # 0.006, neither 6e-03 nor mathematics
+
 
 def test_curves_name_what_selected_the_best_epoch_and_what_was_augmented():
     """By loss it is epoch 1, by accuracy epoch 2."""
