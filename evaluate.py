@@ -4,14 +4,17 @@
     python evaluate.py --checkpoint checkpoints/demo/best.pt
     python evaluate.py --tta                        averages over each image and its mirror image
     python evaluate.py --compare results/before     what changed since another evaluation
+    python evaluate.py --results results/a0 results/a1 --compare results/b0 results/b1
+                                                    two recipes, each trained with several seeds
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
-pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
-index counts the images from 0 in the order of the official test file, or those of a folder by class
-and name; label and predicted are class numbers, and confidence is the softmax of the predicted
-class. Rows of a confusion matrix are true classes, columns are predicted classes.
+pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv, with --results only
+comparison.png and comparison.json. In predictions.csv, index counts the images from 0 in the order
+of the official test file, or those of a folder by class and name; label and predicted are class
+numbers, and confidence is the softmax of the predicted class. Rows of a confusion matrix are true
+classes, columns are predicted classes. Macro F1 is the mean over the classes with test images.
 """
 
 import csv
@@ -22,27 +25,24 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib import font_manager, rc_context
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from scipy.stats import binomtest
+from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Lambda
-from torchvision.transforms.v2.functional import horizontal_flip
+from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 import data
@@ -55,7 +55,8 @@ DATASET = ""  # where the folder of pictures that was trained on is now; "" if i
 RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # where to compute ["auto", "cuda", "mps", "cpu"]
 TTA = False  # average the logits over each image and its mirror image: twice the time
-COMPARE = ""  # results folder of another evaluation to compare with, image by image; "" for none
+COMPARE = []  # results folder to compare with, image by image; of another recipe, one per seed
+RESULTS = []  # results folders, one per seed, to compare with COMPARE; no checkpoint is evaluated
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -64,26 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     if utils.this_process().rank:
         return  # under torchrun the first process evaluates
     args = utils.parse_flags(__file__, argv)
-    folder = Path(args.results_dir)
-    classifier = Classifier(args)
-    with writing_into(folder):
-        tempfile.TemporaryFile(dir=folder).close()  # better to fail now than after the network ran
-    if args.images:
-        picture = classify_pictures(classifier, args, folder)
+    folder, sides = Path(args.results_dir), (len(args.results) or 1, len(args.compare))
+    overwritten = folder.resolve() in [Path(path).resolve() for path in args.compare]
+    if (args.results or args.compare) and (overwritten or min(sides) < min(2, max(sides))):
+        expected = "another folder than --results-dir; at least two if there are two --results"
+        utils.refuse_flag("compare", args.compare, expected)
+    if args.results:
+        picture = compare_results(args, folder)
     else:
-        test = read_test_images(classifier, args)
-        other = read_results(args, test) if args.compare else None
-        result = Result(test.split, classifier.predict(test.split.images), classifier.classes)
-        summary = summarize(result, test, classifier)
-        if other:
-            summary["comparison"] = compare(result, summary, other)
-        write_tables(result, summary, folder)
-        write_pictures(result, summary, folder)
-        picture = folder / "confusion_matrix.png"
-        print_numbers(result, summary)  # last: a terminal that cannot show a name loses no file
-        if other:
-            print_comparison(summary)
-        utils.say("results", str(folder))
+        classifier = Classifier(args)
+        with writing_into(folder):
+            tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the network ran
+        do = classify_pictures if args.images else evaluate
+        picture = do(classifier, args, folder)
     if args.show:
         open_window(picture)
 
@@ -108,18 +102,16 @@ class Classifier:
             model = resnet.build_model(self.constants["architecture"], len(self.classes))
             model.load_state_dict(self.checkpoint["model"])
         self.model = model.to(self.device, memory_format=data.memory_format(self.device))
-        name, precision = utils.device_name(self.device), self.checkpoint["precision"]
-        utils.say("device", f"{name}, {precision}")
+        utils.say("device", f"{utils.device_name(self.device)}, {self.checkpoint['precision']}")
         utils.say("model", f"{self.path}, epoch {self.checkpoint['epoch']}")
         if self.tta and not self.constants["flip"]:
             utils.say("note", "trained with FLIP = 0: mirror images may lower the accuracy")
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
-        loader = data.EvalLoader(images.to(self.device), *self.sizes)
-        networks = [self.model]
+        loader, networks = data.EvalLoader(images.to(self.device), *self.sizes), [self.model]
         if self.tta:  # mirrored batch by batch: the device holds the images once
-            networks.append(nn.Sequential(Lambda(horizontal_flip), self.model))
+            networks.append(nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model))
         progress = utils.on_terminal()
         logits = [resnet.predict(network, loader, self.dtype, progress) for network in networks]
         if not torch.cat(logits).isfinite().all():
@@ -127,47 +119,36 @@ class Classifier:
         return torch.stack(logits).cpu()
 
 
+@dataclass(eq=False)
 class Result:
-    """N test images, what the network predicts for them, and the figures that follow."""
+    """What a network predicts for N test images, and the figures that follow."""
 
-    def __init__(self, split: data.Split, views: Tensor, classes: list[str]) -> None:
-        """views: logits (views, N, num_classes)."""
-        self.images, self.labels = split.images, split.labels.numpy()
-        self.views, self.classes = views, classes
-        self.superclasses = list(data.SUPERCLASSES) if classes == data.CLASSES else []
-        confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
-        self.predicted, self.confidence = predicted, confidence  # class number, its softmax: (N,)
-        numbers = range(len(classes))
-        self.matrix = metrics.confusion_matrix(self.labels, predicted, labels=numbers)
-        self.pairs = find_confused_pairs(self.matrix, classes)
-        self.bins = calibration_bins(confidence, predicted == self.labels)
+    classes: list[str]
+    labels: np.ndarray  # class numbers (N,), as predicted
+    predicted: np.ndarray
+    confidence: np.ndarray  # softmax of the predicted class (N,)
+    folder: str
+    summary: dict  # what metrics.json holds
+
+    def __post_init__(self) -> None:
+        self.correct, numbers = self.predicted == self.labels, range(len(self.classes))
+        self.matrix = metrics.confusion_matrix(self.labels, self.predicted, labels=numbers)
         self.support = self.matrix.sum(1)  # test images of each class
         self.scores = score_classes(self.matrix.diagonal(), self.support, self.matrix.sum(0))
-        self.f1 = self.scores[2]
-        tested = np.flatnonzero(self.support)
+        self.f1, tested = self.scores[2], np.flatnonzero(self.support)
         self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
-        options = {"labels": numbers, "target_names": classes, "digits": 4, "zero_division": 0}
-        self.report_text = metrics.classification_report(self.labels, predicted, **options)
+        self.pairs = find_confused_pairs(self.matrix, self.classes)
 
     def most_confident(self, mask: np.ndarray, count: int) -> np.ndarray:
         """Indices of the most confident predictions among those where mask (N,) is true."""
-        indices = np.flatnonzero(mask)
-        return indices[np.argsort(-self.confidence[indices], kind="stable")][:count]
+        order = np.argsort(-self.confidence, kind="stable")
+        return order[mask[order]][:count]
 
 
-class TestImages(NamedTuple):
-    """The images that a checkpoint is evaluated on."""
+def read_test_images(classifier: Classifier, args: Namespace) -> tuple[Tensor, Result]:
+    """The images, those of a folder's val/ or held out from its train/, and their true classes.
 
-    split: data.Split
-    dataset: str  # which images they are, as data.identify() tells
-    selected: bool  # whether they selected the checkpoint
-
-
-def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
-    """The official test images, downloaded if missing, or the pictures in a folder's val/.
-
-    Of a folder without val/, those that were held out from its train/. Raises UserError if they
-    cannot be told from those trained on.
+    Raises UserError if they cannot be told from those trained on.
     """
     settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
     settings.dataset = args.dataset or settings.dataset
@@ -189,60 +170,72 @@ def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
         split, kind = split.select(holdout), "hold-out images, because there is no val/"
     utils.say("data", f"{settings.dataset}: {len(split.labels):,} {kind}")
     selected = held_out or not holdout_per_class
+    note = "these images were used neither to train nor to select the checkpoint"
     if selected:
-        utils.say("note", "the checkpoint was selected on these images: the numbers are optimistic")
-    else:
-        utils.say("note", "these images were used neither to train nor to select the checkpoint")
-    return TestImages(split, dataset, selected)
+        note = "the checkpoint was selected on these images: the numbers are optimistic"
+    utils.say("note", note)
+    labels, facts = split.labels.numpy(), {"images": len(split.labels), "dataset": dataset}
+    facts["test_images_chose_checkpoint"] = selected
+    return split.images, Result(classes, labels, labels, np.ones(len(labels)), "", facts)
+
+
+def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
+    """Evaluates on the test images, writes everything, then prints; returns the picture to show."""
+    images, truth = read_test_images(classifier, args)
+    others = [read_result(path, truth) for path in args.compare]
+    views = classifier.predict(images)
+    confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
+    result = replace(truth, predicted=predicted, confidence=confidence, folder=args.results_dir)
+    result.summary |= summarize(result, views, classifier)
+    if others:
+        result.summary["comparison"] = compare([result], others)
+    options = {"target_names": result.classes, "digits": 4, "zero_division": 0}
+    options["labels"] = range(len(result.classes))  # or names shift when a class is absent
+    report = metrics.classification_report(result.labels, predicted, **options)
+    write_tables(result, report, folder)
+    write_pictures(result, images, others, folder)
+    print_numbers(result, report)
+    if others:
+        print_comparison([result], others, result.summary["comparison"])
+    utils.say("results", str(folder))
+    return folder / "confusion_matrix.png"
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def summarize(result: Result, test: TestImages, classifier: Classifier) -> dict:
-    """What metrics.json holds."""
-    checkpoint, classes, count = classifier.checkpoint, result.classes, len(result.labels)
-    summary = score(result.views.mean(0), result.labels) | {
+def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
+    """What metrics.json holds, apart from the facts about the test images and a comparison."""
+    checkpoint, labels = classifier.checkpoint, torch.from_numpy(result.labels)
+    summary = score(views.mean(0), labels) | {
         "macro_f1": np.average(result.f1, weights=result.support > 0),
-        "classes_without_images": [classes[i] for i in np.flatnonzero(result.support == 0)],
-        "expected_calibration_error": expected_calibration_error(result.bins),
+        "classes_without_images": [result.classes[i] for i in np.flatnonzero(result.support == 0)],
+        "expected_calibration_error": calibrate(result)[2],
         "intervals_95": bootstrap_intervals(result.matrix),
         "most_confused": result.pairs[:10],
-        "images": count,
-        "dataset": test.dataset,
-        "test_images_chose_checkpoint": test.selected,
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
         **{name: checkpoint[name] for name in ("epoch", "precision", "constants")},
         "history": read_history(classifier.path, checkpoint["history"]),
     }
-    if result.superclasses:
-        summary["superclass_accuracy"] = count_superclasses(result).trace() / count
+    if result.classes == data.CLASSES:
+        summary["superclass_accuracy"] = count_superclasses(result).trace() / len(labels)
     if classifier.tta:
-        summary["without_tta"] = score(result.views[0], result.labels)
+        summary["without_tta"] = score(views[0], labels)
     return summary
 
 
-def score(logits: Tensor, labels: np.ndarray) -> dict[str, float]:
+def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy and top-1 accuracy of logits (N, num_classes); top-5 of 6 or more."""
-    loss_sum = F.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-    scores = {
-        "loss": loss_sum.item() / len(labels),
-        "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1)),
-    }
-    numbers = range(logits.shape[1])
-    if len(numbers) > 5:
-        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers)
-        scores["top5_accuracy"] = top5
-    return scores
+    loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
+    hits = {"top1_accuracy": logits.argmax(1) == labels}
+    if logits.shape[1] > 5:
+        hits["top5_accuracy"] = (logits.topk(5).indices == labels[:, None]).any(1)
+    return {"loss": loss} | {name: x.double().mean().item() for name, x in hits.items()}
 
 
 def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Precision, recall and F1 (3, ..., num_classes); 0 where there is nothing to divide by.
-
-    From the images (..., num_classes) of each class that are predicted correctly, that belong to
-    it, and that are predicted as it.
-    """
+    """Precision, recall, F1 (3, ..., num_classes) from counts of images; nothing / nothing = 0."""
     f1 = 2 * correct / (true + predicted).clip(1)
     return np.stack([correct / predicted.clip(1), correct / true.clip(1), f1])
 
@@ -272,40 +265,32 @@ def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
     ]
 
 
-def calibration_bins(confidence: np.ndarray, correct: np.ndarray, count: int = 15) -> np.ndarray:
-    """Images, accuracy, mean confidence (3, count) in bins (0, 1/count], (1/count, 2/count]..."""
-    numbers = np.ceil(confidence * count).astype(int).clip(1, count) - 1
-    images = np.bincount(numbers, minlength=count)
-    means = [np.bincount(numbers, x, count) / images.clip(1) for x in (correct, confidence)]
-    return np.stack([images, *means])
-
-
-def expected_calibration_error(bins: np.ndarray) -> float:
-    """Mean over images of their bin's |accuracy - confidence|: Guo et al. 2017, equation 3."""
-    images, accuracy, confidence = bins
-    return float(np.average(np.abs(accuracy - confidence), weights=images))
+def calibrate(result: Result, count: int = 15) -> tuple[np.ndarray, np.ndarray, float]:
+    """Images and accuracy in bins of confidence (0, 1/count], ...; Guo et al. 2017's equation 3."""
+    numbers = np.ceil(result.confidence * count).astype(int).clip(1, count) - 1
+    sums = (np.bincount(numbers, x, count) for x in (None, result.correct, result.confidence))
+    images, correct, confidence = sums
+    error = abs(correct - confidence).sum() / images.sum()
+    return images, correct / images.clip(1), error
 
 
 def bootstrap_intervals(matrix: np.ndarray, resamples: int = 1000) -> dict[str, list[float]]:
-    """95 % percentile intervals of top-1 and macro F1 over test images drawn with replacement.
-
-    For these figures, images in the same cell of the confusion matrix are alike, so a resample is
-    a multinomial draw of the cells. Its macro F1 is over the classes that it drew.
-    """
+    """95 % percentile intervals of top-1 and macro F1 over test images drawn with replacement."""
+    # Images in one cell of the matrix are alike, so a resample is a multinomial draw of the cells.
     cells = matrix.nonzero()
     probabilities = matrix[cells] / matrix.sum()
     drawn = np.random.default_rng(0).multinomial(matrix.sum(), probabilities, resamples)
     in_row, in_column = (np.eye(len(matrix))[numbers] for numbers in cells)
     correct, true = drawn @ (in_row * in_column), drawn @ in_row  # (resamples, num_classes)
-    *_, f1 = score_classes(correct, true, drawn @ in_column)
-    macro_f1 = np.average(f1, 1, weights=true > 0)
+    macro_f1 = np.average(score_classes(correct, true, drawn @ in_column)[2], 1, true > 0)
     samples = {"top1_accuracy": correct.sum(1) / matrix.sum(), "macro_f1": macro_f1}
     return {name: np.percentile(x, [2.5, 97.5]).tolist() for name, x in samples.items()}
 
 
-def print_numbers(result: Result, summary: dict) -> None:
+def print_numbers(result: Result, report: str) -> None:
     """Prints the report, the worst classes and pairs, and last, above the prompt, the summary."""
-    print(f"\n{result.report_text}\nworst classes by F1")
+    summary = result.summary
+    print(f"\n{report}\nworst classes by F1")
     for number in result.worst_first[:10]:
         print(f"{result.f1[number]:8.4f}  {result.classes[number]}")
     print("\nmost confused pairs: images one way + the other way")
@@ -320,51 +305,48 @@ def print_numbers(result: Result, summary: dict) -> None:
         ("coarse", "superclass_accuracy", ", the right superclass"),
         ("ECE", "expected_calibration_error", ", expected calibration error"),
     ]:
+        if name in summary["intervals_95"]:
+            low, high = summary["intervals_95"][name]
+            meaning = f", 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
         if name in summary:
-            interval = ""
-            if name in summary["intervals_95"]:
-                low, high = summary["intervals_95"][name]
-                interval = f", 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
-            utils.say(label, f"{100 * summary[name]:.2f} %{interval}{meaning}")
+            utils.say(label, f"{100 * summary[name]:.2f} %{meaning}")
     if summary["tta"]:
-        single = summary["without_tta"]
-        accuracy = f"top-1 {100 * single['top1_accuracy']:.2f} %"
-        utils.say("no tta", f"loss {single['loss']:.4f}, {accuracy}")
+        loss, accuracy = (summary["without_tta"][name] for name in ("loss", "top1_accuracy"))
+        utils.say("no tta", f"loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
     if absent := len(summary["classes_without_images"]):
-        classes = f"{absent} of {len(result.classes)} classes"
-        effect = "macro F1 and the worst classes leave them out, the report counts them as 0"
-        utils.say("note", f"{classes} have no test image: {effect}")
+        classes = f"{absent} of {len(result.classes)} classes have no test image"
+        utils.say("note", f"{classes}: macro F1 leaves them out, the report counts them as 0")
 
 
-# ---- two evaluations of the same images ---------------------------------------------------------
+# ---- two evaluations, or two recipes, on the same images ----------------------------------------
 
 
-def read_results(args: Namespace, test: TestImages) -> dict:
-    """What a comparison needs of the evaluation in COMPARE, its predicted classes (N,) included.
-
-    Raises UserError if the files are damaged or of other images.
-    """
-    folder, labels = Path(args.compare), test.split.labels.numpy()
-    if folder.resolve() == Path(args.results_dir).resolve():
-        utils.refuse_flag("compare", args.compare, "another folder than --results-dir")
-    path = folder / "metrics.json"
+def read_result(folder: str, like: Result | None = None) -> Result:
+    """Reads a results folder. Raises UserError if it is damaged, or of other images than like."""
+    path = Path(folder, "metrics.json")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        names = ("dataset", "checkpoint", "epoch", "tta", "top1_accuracy", "constants", "history")
-        other = {"results_dir": str(folder)} | {name: summary[name] for name in names}
-        other["constants"] = utils.with_defaults(other)
-        names = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
-        other["history"] = [{name: float(row[name]) for name in names} for row in other["history"]]
-        if other["dataset"] != test.dataset:
-            raise ValueError(f"its data set is {other['dataset']!r}, not {test.dataset!r}")
-        path = folder / "predictions.csv"
+        names = ("dataset", "images", "checkpoint", "epoch", "tta", "top1_accuracy")
+        summary = {name: summary[name] for name in (*names, "constants")}
+        summary["constants"] = utils.with_defaults(summary)
+        path = Path(folder, "confusion_matrix.csv")
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            _, *classes = next(csv.reader(file), ())
+        path = Path(folder, "predictions.csv")
         rows = path.read_text(encoding="utf-8").splitlines()[1:]
-        if len(rows) != len(labels):
-            raise ValueError(f"it has {len(rows):,} images, not {len(labels):,}")
-        columns = np.loadtxt(rows, int, delimiter=",", usecols=range(3))
-        if not np.array_equal(columns[:, :2], np.stack([range(len(labels)), labels], 1)):
+        if len(rows) != summary["images"]:
+            raise ValueError(f"it has {len(rows):,} images, not {summary['images']:,}")
+        *numbers, confidence = np.loadtxt(rows, delimiter=",", ndmin=2).T
+        indices, labels, predicted = (x.astype(int) for x in numbers)
+        result = Result(classes, labels, predicted, confidence, folder, summary)
+        dataset = (like := like or result).summary["dataset"]
+        if summary["dataset"] != dataset:
+            raise ValueError(f"its data set is {summary['dataset']!r}, not {dataset!r}")
+        if not np.array_equal([indices, labels], [range(len(labels)), like.labels]):
             raise ValueError("its labels are not those of the test images")
-        if not abs(np.mean(columns[:, 2] == labels) - other["top1_accuracy"]) < 1e-9:
+        if classes != like.classes:
+            raise ValueError("its classes have other names")
+        if not abs(result.correct.mean() - summary["top1_accuracy"]) < 1e-9:
             raise ValueError("its accuracy is not that of metrics.json")
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
@@ -372,49 +354,93 @@ def read_results(args: Namespace, test: TestImages) -> dict:
             f"{path} cannot be compared: {getattr(error, 'strerror', None) or reason}. Expected "
             "results of this evaluate.py for the same test images: evaluate that checkpoint again"
         ) from error
-    return other | {"predicted": columns[:, 2]}
+    return result
 
 
-def compare(result: Result, summary: dict, other: dict) -> dict:
-    """What metrics.json holds as "comparison"; differences are this evaluation minus the other."""
-    labels, numbers, other_predicted = result.labels, range(len(result.classes)), other["predicted"]
-    matrices = result.matrix, metrics.confusion_matrix(labels, other_predicted, labels=numbers)
-    f1, other_f1 = (score_classes(m.diagonal(), m.sum(1), m.sum(0))[2] for m in matrices)
-    hits, other_hits = (m.diagonal().tolist() for m in matrices)
+def compare_results(args: Namespace, folder: Path) -> Path:
+    """Compares results folders, writes everything, then prints; returns the picture to show."""
+    first = read_result(args.results[0])
+    sides = [[read_result(x, first) for x in paths] for paths in (args.results, args.compare)]
+    comparison, picture = compare(*sides), folder / "comparison.png"
+    with writing_into(folder):
+        text = json.dumps(comparison, indent=2) + "\n"
+        (folder / "comparison.json").write_text(text, encoding="utf-8")
+        draw_comparison(*sides, comparison).savefig(picture, dpi=150, bbox_inches="tight")
+    print_comparison(*sides, comparison)
+    utils.say("results", f"{picture}, {folder / 'comparison.json'}")
+    return picture
+
+
+def compare(these: list[Result], others: list[Result]) -> dict:
+    """What is written of one run compared with one, or of a recipe's runs with another's."""
+    sides = these, others
+    for runs in sides:
+        require_one_recipe(runs)
+    settings = differences(these[0], others[0])
+    if len(these) > 1:
+        settings.pop("seed", None)
+    f1, other_f1 = (np.mean([run.f1 for run in runs], 0) for runs in sides)
+    hits = [np.mean([run.matrix.diagonal() for run in runs], 0).tolist() for runs in sides]
+    rows = zip(these[0].classes, (f1 - other_f1).tolist(), *hits)
     names = ("class", "f1_change", "correct", "other_correct")
-    rows = zip(result.classes, (f1 - other_f1).tolist(), hits, other_hits)
-    run, other_run = ({"tta": x["tta"]} | x["constants"] for x in (summary, other))
-    return compare_paired(result.predicted == labels, other_predicted == labels) | {
+    return compare_accuracies(*(np.stack([run.correct for run in runs]) for runs in sides)) | {
         "classes": [dict(zip(names, row)) for row in sorted(rows, key=lambda row: -row[1])],
-        "different_constants": {
-            name: {"other": other_run.get(name), "this": value}
-            for name, value in run.items()
-            if value != other_run.get(name) and name not in utils.WHERE_AND_HOW
-        },
-        "other": {name: value for name, value in other.items() if name != "predicted"},
+        "different_constants": settings,
     }
 
 
-def compare_paired(correct: np.ndarray, other_correct: np.ndarray) -> dict:
-    """Difference of two accuracies over the same N images, its 95 % interval and McNemar's test.
-
-    correct, other_correct: bool (N,). The interval is the percentile bootstrap over images: each
-    adds 1, -1 or 0 to the difference, so a resample is a multinomial draw of three counts.
-    McNemar's exact test: if both were equally good, an image that only one of them gets right would
-    be either's with probability 1/2 (McNemar 1947, doi:10.1007/BF02295996).
-    """
-    only_this, only_other = correct & ~other_correct, other_correct & ~correct
-    gained, lost, count = int(only_this.sum()), int(only_other.sum()), len(correct)
-    probabilities = np.array([gained, lost, count - gained - lost]) / count
-    drawn = np.random.default_rng(0).multinomial(count, probabilities, 10_000)
-    interval = np.percentile((drawn[:, 0] - drawn[:, 1]) / count, [2.5, 97.5])
+def differences(run: Result, other: Result) -> dict[str, dict]:
+    """The settings that differ, apart from those that tell where and how a run is done."""
+    this, that = ({"tta": x.summary["tta"]} | x.summary["constants"] for x in (run, other))
     return {
-        "difference": (gained - lost) / count,
-        "difference_interval_95": interval.tolist(),
-        "only_this_correct": gained,
-        "only_other_correct": lost,
-        "mcnemar_p": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        name: {"other": that.get(name), "this": value}
+        for name, value in this.items()
+        if value != that.get(name) and name not in utils.WHERE_AND_HOW
     }
+
+
+def require_one_recipe(runs: list[Result]) -> None:
+    """Raises UserError unless the runs differ in SEED, each from all others, and in nothing else."""
+    seeds = [run.summary["constants"]["seed"] for run in runs]
+    names = sorted({name for run in runs for name in differences(run, runs[0])} - {"seed"})
+    if names or len({*seeds}) < len(seeds):
+        found = f"differ in {', '.join(names).upper()}" if names else f"have SEED {seeds}"
+        folders = ", ".join(run.folder for run in runs)
+        raise utils.UserError(f"{folders} {found}. Expected one recipe, each run with its own SEED")
+
+
+def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
+    """Difference of two mean accuracies on the same N images, and its 95 % interval.
+
+    correct, other_correct: bool (runs, N). The variance of the difference has two parts: of the
+    runs' accuracies from seed to seed, pooled over both recipes, and of the images' differences,
+    without the chance within the runs, which the first part holds. The interval is Student's t.
+    Satterthwaite (1946, doi:10.2307/3002019) divides the seeds' degrees of freedom by the square
+    of their share of the variance; with two seeds, whose share is uncertain too, that holds the
+    truth 92 to 95 % of the time, without the square 94 to 96 % (tests/test_compare.py). One run
+    each: the images' part, and McNemar's exact test (1947, doi:10.1007/BF02295996).
+    """
+    sides, per_image = (correct, other_correct), correct.mean(0) - other_correct.mean(0)
+    chance = np.concatenate([side - side.mean(0) for side in sides])  # (runs of both, N)
+    free, count = max(len(chance) - 2, 1), len(per_image)
+    between_runs = np.square(chance.mean(1)).sum() / free
+    within_runs = chance.var(1, ddof=1).sum() / free / count
+    more = np.arange(101)  # seeds of each recipe than there are
+    runs = [len(side) + more for side in sides]
+    images = per_image.var(ddof=1) / count - within_runs * sum(1 / x[0] for x in runs)
+    seeds = (between_runs or within_runs) * sum(1 / x for x in runs)  # equal runs are a fluke
+    variance = seeds + max(images, 0)
+    share = (seeds / variance.clip(1e-30)).clip(1e-9)
+    half_widths = stats.t.ppf(0.975, (sum(runs) - 2).clip(1) / share) * np.sqrt(variance)
+    difference = per_image.mean()
+    interval = [difference - half_widths[0], difference + half_widths[0]]
+    comparison = {"difference": difference, "difference_interval_95": interval}
+    if len(chance) > 2:  # the fewest that would settle a difference of this size
+        settled = half_widths < abs(difference)
+        return comparison | {"more_seeds": settled.argmax().item() if settled.any() else None}
+    gained, lost = ((per_image == x).sum().item() for x in (1, -1))
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return comparison | {"only_this_correct": gained, "only_other_correct": lost, "mcnemar_p": p}
 
 
 def largest_changes(comparison: dict, count: int) -> list[dict]:
@@ -424,26 +450,35 @@ def largest_changes(comparison: dict, count: int) -> list[dict]:
     return rose[:count] + fell[-count:]
 
 
-def print_comparison(summary: dict) -> None:
-    """Prints what changed from the other evaluation to this one, and how certain that is."""
-    comparison, other = summary["comparison"], summary["comparison"]["other"]
-    changes = largest_changes(comparison, 5)
-    print(
-        "\nlargest changes in F1, with correct images" if changes else "\nF1: no class has changed"
-    )
+def print_comparison(these: list[Result], others: list[Result], comparison: dict) -> None:
+    """Prints what differs between these runs and the others, and how certain that is."""
+    changes, paired = largest_changes(comparison, 5), len(these) == 1
+    title = "largest changes in F1, with correct images" if changes else "F1: no class has changed"
+    print(f"\n{title}")
     for row in changes:
-        print("{f1_change:+8.4f}  {class}: other {other_correct}, this {correct}".format(**row))
+        line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
+        print(line.format(**row))
     print()
-    utils.say("compared", "with {results_dir}: {checkpoint}, epoch {epoch}".format(**other))
-    before, after = (100 * x["top1_accuracy"] for x in (other, summary))
-    utils.say("top-1", f"other {before:.2f} %, this {after:.2f} %")
+    if paired:
+        checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
+        utils.say("compared", f"with {others[0].folder}: {checkpoint}")
+    other, this = ([100 * run.correct.mean() for run in runs] for runs in (others, these))
+    for run, accuracy in zip(() if paired else (*others, *these), other + this):
+        name, seed = "this" if run in these else "other", run.summary["constants"]["seed"]
+        utils.say(name, f"top-1 {accuracy:.2f} %, SEED {seed}: {run.folder}")
+    utils.say("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %")
     low, high = (100 * x for x in comparison["difference_interval_95"])
-    interval = f"paired 95 % interval {low:+.2f} to {high:+.2f} points"
-    utils.say("change", f"{after - before:+.2f} points, {interval}")
-    p = comparison["mcnemar_p"]
-    test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
-    counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
-    utils.say("images", f"{counts.format(**comparison)}; {test}")
+    kind = "paired 95 % interval" if paired else "95 % interval over seeds and images"
+    change = f"{100 * comparison['difference']:+.2f} points"
+    utils.say("change", f"{change}, {kind} {low:+.2f} to {high:+.2f} points")
+    if paired:
+        p = comparison["mcnemar_p"]
+        test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
+        counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
+        utils.say("images", f"{counts.format(**comparison)}; {test}")
+    else:
+        spreads = f"other {np.std(other, ddof=1):.2f}, this {np.std(this, ddof=1):.2f} points"
+        utils.say("seeds", f"standard deviation: {spreads}")
     notes = {
         "tta": " (averaging two views changes the accuracy by itself)",
         "holdout_per_class": " (with 0, these images selected the checkpoint: optimistic)",
@@ -451,10 +486,18 @@ def print_comparison(summary: dict) -> None:
     for name, values in comparison["different_constants"].items():
         text = "other {other!r}, this {this!r}".format(**values)
         utils.say("differs", f"{name.upper()}: {text}{notes.get(name, '')}")
-    utils.say("caution", "two checkpoints, not two recipes: another SEED changes the accuracy too")
+    if paired:
+        text = "two checkpoints, not two recipes: another SEED changes the accuracy too"
+        utils.say("caution", text)
+    elif low <= 0 <= high:
+        more = comparison["more_seeds"] or "over 100"
+        text = f"not known yet; about {more} more seeds each would settle such a difference"
+        utils.say("verdict", text)
+    else:
+        utils.say("verdict", f"this recipe is {'better' if low > 0 else 'worse'} than the other")
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ---- tables and pictures ------------------------------------------------------------------------
 
 
 @contextmanager
@@ -475,54 +518,44 @@ def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def write_tables(result: Result, summary: dict, folder: Path) -> None:
+def write_tables(result: Result, report: str, folder: Path) -> None:
     """Writes metrics.json, the report, the confusion matrix and the predictions."""
     with writing_into(folder):
-        text = json.dumps(summary, indent=2) + "\n"
+        text = json.dumps(result.summary, indent=2) + "\n"
         (folder / "metrics.json").write_text(text, encoding="utf-8")
-        text = result.report_text.encode("utf-8", "surrogateescape")  # names keep their bytes
-        (folder / "classification_report.txt").write_bytes(text)
+        (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
         header = ["class", "precision", "recall", "f1-score", "support"]
         rows = zip(result.classes, *result.scores, result.support)
         write_csv(folder / "classification_report.csv", header, rows)
         rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
         write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
-        indices = range(len(result.labels))
+        indices, header = range(len(result.labels)), ["index", "label", "predicted", "confidence"]
         rows = zip(indices, result.labels, result.predicted, result.confidence)
-        header = ["index", "label", "predicted", "confidence"]
         write_csv(folder / "predictions.csv", header, rows)
 
 
-def write_pictures(result: Result, summary: dict, folder: Path) -> None:
+def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
-    optional = ["most_confused", "mistakes", "training_curves"]
-    figures = dict.fromkeys([*optional, "superclass_confusion_matrix", "comparison"])
-    with writing_into(folder), legible(result.classes) as shown:
-        names = list(shown.values())
-        figures["confusion_matrix"] = draw_matrix(result.matrix, names, result.superclasses)
-        figures["per_class"] = draw_f1(result, names)
-        figures["reliability"] = draw_reliability(result.bins)
-        if result.superclasses:
-            coarse_matrix = count_superclasses(result)
-            figures["superclass_confusion_matrix"] = draw_matrix(coarse_matrix, result.superclasses)
-        if result.pairs:
-            figures["most_confused"] = draw_pairs(result, names)
-            figures["mistakes"] = draw_mistakes(result, names)
-        if summary["history"]:
-            figures["training_curves"] = draw_curves(summary["history"], summary["constants"])
-        if "comparison" in summary:
-            figures["comparison"] = draw_comparison(summary, shown)
+    summary = result.summary
+    groups = list(data.SUPERCLASSES) if result.classes == data.CLASSES else []
+    figures = {
+        "confusion_matrix": draw_matrix(result.matrix, result.classes, groups),
+        "per_class": draw_f1(result),
+        "reliability": draw_reliability(result),
+        "superclass_confusion_matrix": groups and draw_matrix(count_superclasses(result), groups),
+        "comparison": others and draw_comparison([result], others, summary["comparison"]),
+        "most_confused": result.pairs and draw_pairs(result, images),
+        "mistakes": result.pairs and draw_mistakes(result, images),
+        "training_curves": summary["history"] and draw_curves(summary),
+    }
+    with writing_into(folder):
         for name, figure in figures.items():
             path = folder / f"{name}.png"
+            path.unlink(missing_ok=True)  # an earlier evaluation may have left it
             if figure:
                 figure.savefig(path, dpi=150, bbox_inches="tight")
-            else:
-                path.unlink(missing_ok=True)  # an earlier evaluation may have left it
-    if nothing := [f"{name}.png" for name in optional if not figures[name]]:
-        utils.say("note", f"nothing to draw in {', '.join(nothing)}")
-
-
-# ---- pictures -----------------------------------------------------------------------------------
+            elif name in ("most_confused", "mistakes", "training_curves"):
+                utils.say("note", f"nothing to draw in {path.name}")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -532,24 +565,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-@contextmanager
-def legible(texts: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yields each text as the pictures made in this block can show it, character by character.
+def legible(texts: Iterable[str]) -> list[str]:
+    """The texts for pictures, from now on without mathematics in "$": call it before drawing them.
 
-    A dollar starts no mathematics. Characters that the usual font lacks come from installed fonts
-    that have them; one that no font has is escaped as in Python, "\\u4e2d", instead of a box.
+    Letters that matplotlib's font lacks come from an installed one, or are escaped: "\\u4e2d".
     """
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # weights are no matter
-    usual = FontProperties()
-    families, missing = usual.get_family(), set("".join(texts)) - {"\n"}
-    for name in [usual.get_name(), *sorted(font_manager.get_font_names())]:
-        if missing and not name.startswith("Last Resort"):  # which has boxes for all characters
-            font = font_manager.get_font(font_manager.findfont(FontProperties(family=name)))
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # any weight will do
+    texts, families, find = list(texts), plt.rcParams["font.family"], font_manager.FontProperties
+    missing = set("".join(texts)) - {"\n"}
+    for name in [find().get_name(), *sorted(font_manager.get_font_names())]:
+        if missing and not name.startswith("Last Resort"):  # which has boxes for all letters
+            font = font_manager.get_font(font_manager.findfont(find(family=name)))
             found = {x for x in missing if x.isprintable() and font.get_char_index(ord(x))}
             families, missing = families + [name] * bool(found), missing - found
+    plt.rcParams.update({"font.family": [*dict.fromkeys(families)], "text.parse_math": False})
     escapes = {ord(x): x.encode("unicode_escape").decode() for x in missing}
-    with rc_context({"font.family": families, "text.parse_math": False}):
-        yield {text: text.translate(escapes) for text in texts}
+    return [text.translate(escapes) for text in texts]
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
@@ -560,7 +591,7 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
         matrix, names = matrix[order][:, order], [names[i] for i in order]
     fractions = matrix / matrix.sum(1, keepdims=True).clip(1)
     label = "fraction of the true class's images" + ("; numbers: images" if numbered else "")
-    ticks = names if count <= 200 else False
+    ticks = legible(names) if count <= 200 else False
     style = {"xticklabels": ticks, "yticklabels": ticks, "square": True, "cmap": "Blues", "fmt": ""}
     style["norm"] = PowerNorm(0.5, 0, 1)  # so that a few per cent are visible beside 90
     style["annot"] = np.where(matrix, matrix, "") if numbered else None
@@ -584,7 +615,7 @@ def draw_tiles(images: Sequence, captions: list[str], columns: int, width: float
     """Images uint8 (3, H, W) of one size, each width inches wide under its caption."""
     rows, lines = -(-len(images) // columns), captions[0].count("\n") + 1
     height = width * images[0].shape[1] / images[0].shape[2] + 0.19 * lines
-    figure = new_figure(width * columns, height * rows)
+    figure, captions = new_figure(width * columns, height * rows), legible(captions)
     for position, (image, caption) in enumerate(zip(images, captions), start=1):
         axes = figure.add_subplot(rows, columns, position)
         axes.imshow(image.permute(1, 2, 0).numpy())
@@ -593,56 +624,56 @@ def draw_tiles(images: Sequence, captions: list[str], columns: int, width: float
     return figure
 
 
-def draw_mistakes(result: Result, names: list[str]) -> Figure:
+def draw_mistakes(result: Result, images: Tensor) -> Figure:
     """The 24 mistakes with the highest confidence."""
-    indices = result.most_confident(result.predicted != result.labels, 24)
-    percent = 100 * result.confidence
+    indices = result.most_confident(~result.correct, 24)
+    names, percent = result.classes, 100 * result.confidence
     captions = [
         f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n"
         f"confidence: {percent[i]:.2f} %"
         for i in indices
     ]
-    return draw_tiles(result.images[indices], captions, columns=6, width=2)
+    return draw_tiles(images[indices], captions, columns=6, width=2)
 
 
-def draw_pairs(result: Result, names: list[str]) -> Figure:
+def draw_pairs(result: Result, images: Tensor) -> Figure:
     """A row per pair: three images of each class and, between them, three taken for the other."""
-    strips, captions, size = [], [], result.images.shape[-1]
+    strips, captions, names, size = [], [], result.classes, images.shape[-1]
     for pair in result.pairs[:8]:
-        a, b = (result.classes.index(pair[key]) for key in ("true", "taken_for"))
+        a, b = names.index(pair["true"]), names.index(pair["taken_for"])
         for label, predicted in (a, a), (a, b), (b, a), (b, b):
             mask = (result.labels == label) & (result.predicted == predicted)
             chosen = result.most_confident(mask, 3)
-            images = torch.full((3, 3, size, size), 255, dtype=torch.uint8)  # white
-            images[: len(chosen)] = result.images[chosen]
-            strips.append(make_grid(images, padding=size // 16, pad_value=255))
+            strip = images.new_full((3, 3, size, size), 255)  # white
+            strip[: len(chosen)] = images[chosen]
+            strips.append(make_grid(strip, padding=size // 16, pad_value=255))
             mistake = f"taken for {names[predicted]}" if label != predicted else "recognised"
             captions.append(f"{names[label]} {mistake}: {mask.sum()}")
     return draw_tiles(strips, captions, columns=4, width=3)
 
 
-def draw_f1(result: Result, names: list[str]) -> Figure:
+def draw_f1(result: Result) -> Figure:
     """F1 of every class that has test images, the worst first, 25 per column."""
-    numbers = result.worst_first
-    columns = [numbers[start : start + 25] for start in range(0, len(numbers), 25)]
+    worst, names = result.worst_first, np.array(result.classes)
+    columns = [worst[start : start + 25] for start in range(0, len(worst), 25)]
     figure = new_figure(max(6, 3.5 * len(columns)), 1 + 0.24 * len(columns[0]))
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        draw_bars(axes, [names[i] for i in column], result.f1[column], "%.2f", color="steelblue")
+        draw_bars(axes, names[column], result.f1[column], "%.2f", color="steelblue")
         axes.set(xlabel="F1", xlim=(0, 1.15), ylim=(len(columns[0]) - 0.5, -0.5))
     return figure
 
 
-def draw_bars(axes: Axes, names: list[str], values: np.ndarray, number: str, **style) -> None:
-    """Horizontal bars, each with its name and its number; bars of the same name stay apart."""
+def draw_bars(axes: Axes, names: Sequence, values: Sequence, number: str, **style) -> None:
+    """Horizontal bars, each with its name and its number in this format."""
     bars = axes.barh(range(len(names)), values, **style)
     axes.bar_label(bars, fmt=number, padding=2)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), legible(names))
     sns.despine(ax=axes)
 
 
-def draw_reliability(bins: np.ndarray) -> Figure:
+def draw_reliability(result: Result) -> Figure:
     """Accuracy by confidence, against the diagonal, and the fraction of images in each bin."""
-    images, accuracy, _ = bins
+    images, accuracy, error = calibrate(result)
     width = 1 / len(images)
     middles = width * (np.arange(len(images)) + 0.5)
     style = {"width": width, "color": "steelblue", "edgecolor": "white"}
@@ -650,11 +681,11 @@ def draw_reliability(bins: np.ndarray) -> Figure:
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     upper.bar(middles, accuracy, label="measured", **style)
     upper.plot([0, 1], [0, 1], "k--", label="calibrated: accuracy = confidence")
-    error = 100 * expected_calibration_error(bins)
-    upper.set(title=f"expected calibration error {error:.2f} %", ylabel="accuracy", ylim=(0, 1))
+    upper.set(title=f"expected calibration error {100 * error:.2f} %", ylabel="accuracy")
+    upper.set_ylim(0, 1)
     lower.bar(middles, images / images.sum(), **style)
-    lower.set(xlabel="confidence: softmax of the predicted class", ylabel="fraction of images")
-    lower.set_xlim(0, 1)
+    lower.set(xlabel="confidence: softmax of the predicted class", xlim=(0, 1))
+    lower.set_ylabel("fraction of images")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -669,110 +700,90 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
     return rows if own and rows[: len(own)] == own else own
 
 
-def draw_curves(history: list[dict], constants: dict) -> Figure:
-    """Loss and accuracy by epoch; marks the best epoch and where the learning rate dropped."""
+def draw_curves(summary: dict) -> Figure:
+    """Loss, accuracy and learning rate by epoch; marks the best epoch."""
+    history, watch = summary["history"], summary["constants"]["watch"]
+    best = utils.best_epoch(history, watch)
     column = {name: [row[name] for row in history] for name in history[0]}
-    watch, smooth = constants["watch"], constants["schedule"] != "plateau"
-    epochs, rates, best = column["epoch"], column["learning_rate"], utils.best_epoch(history, watch)
-    label = f"best epoch by validation {watch}: {best['epoch']:.0f}"
-    figure = new_figure(11, 4.5)
-    panels = figure.subplot_mosaic([["loss", "accuracy"]])
-    plot_history(panels, history)
-    for name, axes in panels.items():
-        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=label)
-        draw_learning_rate(axes, epochs, rates, smooth)
-        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-    handles = panels["loss"].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3)
+    epochs, rates = column["epoch"], column["learning_rate"]
+    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
+    figure, dots = new_figure(11, 4.5), {"ms": 4 if len(epochs) <= 50 else 0}
+    training = "training, augmented" + first * " from epoch 1"
+    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
+    for name, axes in zip(("loss", "accuracy"), figure.subplots(1, 2)):
+        axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
+        axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
+        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
+        axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        right = axes.twinx()
+        right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
+        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure.axes[0].set_ylim(0, None)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def plot_history(panels: dict[str, Axes], history: list[dict], run: str = "", **style) -> None:
-    """Plots the loss and the accuracy by epoch, in training and in validation."""
-    epochs = [row["epoch"] for row in history]
-    style |= {"markersize": 4 if len(epochs) <= 50 else 0}
-    since = "" if epochs[0] else " from epoch 1"  # epoch 0 trains the head on plain images
-    parts = {"train": (f"training, augmented{since}", "o--"), "val": ("validation", "s-")}
-    for name in ("loss", "accuracy"):
-        for part, (label, line) in parts.items():
-            values = [row[f"{part}_{name}"] for row in history]
-            panels[name].plot(epochs, values, line, label=run + label, **style)
-        panels[name].set_xlabel("epoch")
-        panels[name].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels["loss"].set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
-    panels["accuracy"].set_ylabel("accuracy")
-    panels["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-
-
-def draw_comparison(summary: dict, shown: dict[str, str]) -> Figure:
-    """The largest changes in F1 per class, 15 each way, and both runs' loss and accuracy."""
-    changes = largest_changes(summary["comparison"], 15)
-    names, values = [shown[row["class"]] for row in changes], [row["f1_change"] for row in changes]
+def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
+    """The largest changes in F1, 15 each way; all runs, and the difference with its interval."""
+    changes = largest_changes(comparison, 15)
+    names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
     this, other = "steelblue", "darkorange"
     figure = new_figure(12, 8)
-    panels = figure.subplot_mosaic([["f1", "loss"], ["f1", "accuracy"]])
-    colors = [this if x > 0 else other for x in values]
-    draw_bars(panels["f1"], names, values, "%+.3f", color=colors)
-    panels["f1"].margins(x=0.2)
-    panels["f1"].set(ylim=(max(15, len(names)) - 0.5, -0.5))
-    panels["f1"].set_title("" if names else "no class has changed")
-    panels["f1"].set_xlabel("change in F1: this evaluation - other")
-    old = summary["comparison"]["other"]["history"]
-    plot_history(panels, old, "other: ", color=other, linewidth=3, alpha=0.6)
-    plot_history(panels, summary["history"], "this: ", color=this)
-    handles = panels["loss"].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4)
+    panels = figure.subplot_mosaic([["f1", "runs"], ["f1", "difference"]])
+    left, upper, lower = panels.values()
+    draw_bars(left, names, values, "%+.3f", color=[this if x > 0 else other for x in values])
+    left.margins(x=0.2)
+    left.set(ylim=(max(15, len(names)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other")
+    left.set_title("" if names else "no class has changed")
+    for place, (runs, color) in enumerate([(these, this), (others, other)]):
+        accuracies = [run.correct.mean() for run in runs]
+        upper.plot(accuracies, [place] * len(runs), "o", color=color, alpha=0.6)
+        upper.plot(np.mean(accuracies), place, "|", color=color, ms=40, mew=2)
+    upper.set(xlabel="top-1 accuracy of each run (points) and their mean (line)", ylim=(-0.5, 1.5))
+    upper.set_yticks([0, 1], ["this", "other"])
+    upper.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    lower.plot(comparison["difference_interval_95"], [0, 0], color="black")
+    lower.plot(comparison["difference"], 0, "o", color="black")
+    lower.axvline(0, color="gray", linestyle=":")
+    lower.set(xlabel="difference in points, this - other, with its 95 % interval", yticks=[])
+    lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     return figure
-
-
-def draw_learning_rate(axes: Axes, epochs: list, rates: list, smooth: bool) -> None:
-    """Draws a smooth schedule as a line; otherwise marks where the learning rate changed."""
-    first = epochs.index(1) if 1 in epochs else 0  # epoch 0 trains the head, at a rate of its own
-    if smooth:
-        right = axes.twinx()
-        right.plot(epochs[first:], rates[first:], color="gray", linestyle=":")
-        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-        return
-    for epoch, rate, before in zip(epochs, rates, [None, *rates]):
-        if rate != before:
-            axes.axvline(epoch - 0.5, color="gray", linestyle=":")
-            style = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "center"}
-            axes.annotate(f"lr {rate:.2g}", (epoch - 0.5, 1.02), **style)
 
 
 def open_window(path: Path) -> None:
     """Shows a picture until its window is closed; does nothing if there is no display."""
     try:
-        figure = plt.figure(path.name, layout="constrained")
+        plt.figure(path.name, layout="constrained")
+        plt.imshow(plt.imread(path))
+        plt.axis("off")
+        if plt.get_backend().lower() != "agg":  # which matplotlib chooses without a display
+            plt.show()
+        plt.close()
     except Exception as error:  # noqa: BLE001, a backend or display that does not exist
-        return utils.say("note", f"no window: {error}")
-    if plt.get_backend().lower() != "agg":  # which matplotlib chooses where there is no display
-        axes = figure.add_subplot()
-        axes.imshow(plt.imread(path))
-        axes.axis("off")
-        plt.show()
-    plt.close(figure)
+        utils.say("note", f"no window: {error}")
 
 
 # ---- the user's own pictures --------------------------------------------------------------------
 
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
-    """Prints and writes the five most likely classes of the user's pictures, draws the first 24."""
+    """Writes and prints the five most likely classes of the user's pictures, draws the first 24."""
     files, images = read_pictures(args.images, classifier.constants["stored_size"] or 32)
-    probabilities = classifier.predict(images).mean(0).softmax(1)
-    captions, rows = [], []
-    for file, top5 in zip(files, find_top5(probabilities, classifier.classes)):
-        captions.append("\n".join(f"{100 * p:6.2f} %  {name}" for name, p in top5))
-        rows.append([file, *chain.from_iterable(top5)])
+    probabilities, classes = classifier.predict(images).mean(0).softmax(1), classifier.classes
+    top5 = probabilities.topk(min(5, len(classes)))
+    rows = zip(top5.indices.tolist(), top5.values.tolist())
+    rows = [[(classes[i], p) for i, p in zip(*row)] for row in rows]
+    captions = ["\n".join(f"{100 * p:6.2f} %  {name}" for name, p in row) for row in rows]
     titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files[:24], captions)]
     picture, table = folder / "predictions.png", folder / "pictures.csv"
-    with writing_into(folder), legible(titles) as shown:
-        ranks = range(1, len(rows[0]) // 2 + 1)
-        header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
-        write_csv(table, ["file", *header], rows)
-        tiles = draw_tiles(images[:24], [shown[title] for title in titles], columns=4, width=2.5)
-        tiles.savefig(picture, dpi=150, bbox_inches="tight")
+    ranks = range(1, len(rows[0]) + 1)
+    header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
+    with writing_into(folder):
+        write_csv(table, ["file", *header], [[x, *sum(row, ())] for x, row in zip(files, rows)])
+        figure = draw_tiles(images[:24], titles, columns=4, width=2.5)
+        figure.savefig(picture, dpi=150, bbox_inches="tight")
     for file, caption in zip(files, captions):
         print(f"{file}\n{caption}")
     seen = f"the first {len(titles)} as the network sees them"
@@ -785,27 +796,18 @@ def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
 
     Files that are not pictures are named on stderr. Raises UserError if there is no other.
     """
-    files, images, waiting = [], [], [Path(path) for path in reversed(paths)]
-    while waiting:
-        file = waiting.pop()
-        try:
-            if file.is_dir():
-                waiting += sorted(file.iterdir(), reverse=True)
-                continue
-            images.append(data.read_picture(file, size))
-            files.append(file)
-        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            print(f"skipped  {file}: {error}", file=sys.stderr)
+    files, images = [], []
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            try:
+                if not file.is_dir():
+                    images.append(data.read_picture(file, size))
+                    files.append(file)
+            except Exception as error:  # noqa: BLE001, its type depends on what is wrong with it
+                print(f"skipped  {file}: {error}", file=sys.stderr)
     if not files:
         raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
     return files, torch.stack(images)
-
-
-def find_top5(probabilities: Tensor, classes: list[str]) -> list[list[tuple[str, float]]]:
-    """The five most likely classes of each image with their probabilities, most likely first."""
-    values, numbers = probabilities.topk(min(5, len(classes)))
-    rows = zip(numbers.tolist(), values.tolist())
-    return [[(classes[i], p) for i, p in zip(*row)] for row in rows]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
+from scipy import stats
+from scipy.special import ndtr, ndtri
 from scripts import ROOT, run_script
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
@@ -23,7 +26,7 @@ import evaluate
 import model as resnet
 import utils
 
-FILES = ("metrics.json", "predictions.csv")
+FILES = ("metrics.json", "predictions.csv", "confusion_matrix.csv")
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +87,18 @@ def read_predictions(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-# ---- statistics ---------------------------------------------------------------------------------
+# ---- statistics: one run each -------------------------------------------------------------------
+
+
+def compare_runs(this: np.ndarray, other: np.ndarray) -> dict:
+    return evaluate.compare_accuracies(this[None], other[None])
 
 
 def test_difference_and_mcnemar_of_a_hand_worked_case():
     # Of ten images, three are right in this one only, one in the other only, five in both.
     this = np.array([1, 1, 1, 0, 1, 1, 1, 1, 1, 0], bool)
     other = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 0], bool)
-    paired = evaluate.compare_paired(this, other)
+    paired = compare_runs(this, other)
     assert (paired["only_this_correct"], paired["only_other_correct"]) == (3, 1)
     assert paired["difference"] == pytest.approx(0.2)
     # Of 16 ways that four coins fall, 2 * (1 + 4) are at least as uneven as 3 to 1.
@@ -100,7 +107,7 @@ def test_difference_and_mcnemar_of_a_hand_worked_case():
 
 def test_networks_that_are_right_on_the_same_images_do_not_differ():
     correct = np.array([True, False, True])
-    paired = evaluate.compare_paired(correct, correct)
+    paired = compare_runs(correct, correct)
     assert paired["difference_interval_95"] == [0, 0] and paired["mcnemar_p"] == 1
 
 
@@ -109,7 +116,7 @@ def test_pairing_narrows_the_interval_as_the_normal_approximation_predicts():
     this, other = np.arange(10_000) < 8500, np.arange(10_000) < 8500
     this[:450], other[8500:8950] = False, False
     other[:450], this[8500:8950] = True, True
-    low, high = evaluate.compare_paired(this, other)["difference_interval_95"]
+    low, high = compare_runs(this, other)["difference_interval_95"]
     paired, independent = 1.96 * (0.09 / 10_000) ** 0.5, 1.96 * (2 * 0.85 * 0.15 / 10_000) ** 0.5
     assert (low, high) == pytest.approx((-paired, paired), abs=0.0003)
     assert (100 * paired, 100 * independent) == pytest.approx((0.59, 0.99), abs=0.005)
@@ -119,10 +126,90 @@ def test_interval_holds_the_true_difference_in_95_of_100_simulated_pairs():
     rng, inside = np.random.default_rng(1), 0
     for _ in range(200):  # both right, only this, only the other, both wrong
         kind = rng.choice(4, size=2000, p=[0.78, 0.06, 0.04, 0.12])
-        paired = evaluate.compare_paired(kind <= 1, kind % 2 == 0)
+        paired = compare_runs(kind <= 1, kind % 2 == 0)
         low, high = paired["difference_interval_95"]
         inside += low <= 0.02 <= high
     assert 0.91 <= inside / 200 <= 0.99
+
+
+# ---- statistics: several seeds each -------------------------------------------------------------
+
+
+def simulate(rng, seeds, images, seeds_sd, chance, recipe, difference=0.0):
+    """Which images (seeds, images) the runs of two recipes have right: about 75 %.
+
+    Each image has a score: one part that all runs share, one of the recipe and one, by chance, of
+    the run; chance and recipe are the last two's shares of the variance. seeds_sd: standard
+    deviation, from seed to seed, of the accuracy on infinitely many images.
+    """
+    shared = ndtri(0.75) + (1 - chance - recipe) ** 0.5 * rng.standard_normal(images)
+    for mean in (0.75 + difference, 0.75):
+        of_recipe = shared + recipe**0.5 * rng.standard_normal(images)
+        accuracies = mean + seeds_sd * rng.standard_normal((seeds, 1))
+        certain = of_recipe + ndtri(accuracies) - ndtri(0.75)
+        yield rng.random((seeds, images)) < ndtr(certain / chance**0.5)
+
+
+def simulate_comparisons(count, seeds, images, *mix, difference=0.0):
+    """How often the interval holds the true difference, and how often it excludes zero."""
+    rng, holds, found = np.random.default_rng(seeds), 0, 0
+    for _ in range(count):
+        comparison = evaluate.compare_accuracies(*simulate(rng, seeds, images, *mix, difference))
+        low, high = comparison["difference_interval_95"]
+        holds += low <= difference <= high
+        found += low > 0
+    return holds / count, found / count
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_interval_of_recipes_that_do_not_differ_holds_zero(seeds):
+    holds, _ = simulate_comparisons(500, seeds, 1000, 0.005, 0.1, 0.05)
+    assert 0.925 <= holds <= 0.975  # two standard errors around 95 %
+
+
+# Spread over seeds on the test images 0.2 to 0.5 points; disagreement of two runs 6 to 17 %.
+MIXES = [(0.001, 0.04, 0.0), (0.001, 0.12, 0.03), (0.002, 0.12, 0.0), (0.002, 0.12, 0.1)]
+MIXES += [(0.004, 0.12, 0.0), (0.004, 0.12, 0.1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_interval_holds_the_truth_in_94_to_96_percent_of_1000_comparisons(seeds, mix):
+    holds, found = simulate_comparisons(1000, seeds, 10_000, *mix)
+    assert 0.94 - 0.014 <= holds <= 0.96 + 0.014  # two standard errors of 1,000
+    _, found = simulate_comparisons(200, seeds, 10_000, *mix, difference=0.01)
+    assert found > {2: 0.2, 3: 0.4, 5: 0.7}[seeds]
+
+
+def test_difference_over_seeds_of_a_hand_worked_case():
+    # Runs are right on 4 and 2 of 8 images, and on 3 and 1: means 3/8 and 2/8.
+    this = np.array([[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]], bool)
+    other = np.array([[1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]], bool)
+    comparison = evaluate.compare_accuracies(this, other)
+    assert comparison["difference"] == pytest.approx(1 / 8)
+    # Accuracies vary by 2 * (1/8)^2 per recipe, with 1 degree of freedom: 1/32. Images add less
+    # than chance does, so the variance is 1/32 (1/2 + 1/2) with 2 degrees of freedom: t = 4.303.
+    low, high = comparison["difference_interval_95"]
+    assert (high - low) / 2 == pytest.approx(4.3027 / 32**0.5, rel=1e-4)
+    assert comparison["more_seeds"] is None or comparison["more_seeds"] > 10
+
+
+def test_more_seeds_are_as_many_as_settle_the_difference():
+    """Accuracies 0.51, 0.49 against 0.485, 0.465 on images that all runs see alike."""
+    rows = [np.arange(1000) < count for count in (510, 490, 485, 465)]
+    comparison = evaluate.compare_accuracies(np.stack(rows[:2]), np.stack(rows[2:]))
+    low, high = comparison["difference_interval_95"]
+    assert low < 0 < high
+    n = 2 + comparison["more_seeds"]
+    width, narrower = (stats.t.ppf(0.975, 2 * m - 2) * (2 * 0.0002 / m) ** 0.5 for m in (n - 1, n))
+    assert narrower < 0.025 < width
+
+
+def test_runs_of_equal_accuracy_have_an_interval_all_the_same():
+    rows = np.stack([np.roll(np.arange(100) < 50, shift) for shift in (0, 10, 20, 30)])
+    low, high = evaluate.compare_accuracies(rows[:2], rows[2:])["difference_interval_95"]
+    assert low < -0.05 and high > 0.05
 
 
 # ---- two evaluations ----------------------------------------------------------------------------
@@ -189,21 +276,19 @@ def test_a_results_folder_holds_the_runs_constants_and_history(before, checkpoin
 
 
 def test_views_and_hold_out_that_differ_are_noted_and_a_younger_constant_is_off(before, capsys):
-    this, other = read_metrics(before), read_metrics(before)
-    this["tta"], other["constants"]["holdout_per_class"] = True, 5
-    held_out = this["constants"]["holdout_per_class"]
-    other["constants"]["checkpoint_dir"] = "where it is kept changes nothing"
-    other["constants"] = utils.with_defaults(other)
-    predicted = np.array([int(row["predicted"]) for row in read_predictions(before)])
-    logits = torch.eye(10)[torch.from_numpy(predicted)]
-    result = evaluate.Result(data.read_digits("test")[0], logits[None], list("0123456789"))
-    other |= {"predicted": predicted, "results_dir": "before"}
-    this["comparison"] = evaluate.compare(result, this, other)
-    assert this["comparison"]["different_constants"] == {
+    this, other = evaluate.read_result(str(before)), evaluate.read_result(str(before))
+    this.summary["tta"], other.summary["constants"]["holdout_per_class"] = True, 5
+    held_out = this.summary["constants"]["holdout_per_class"]
+    other.summary["constants"]["checkpoint_dir"] = "where it is kept changes nothing"
+    other.summary["constants"].pop("ema_decay")
+    other.summary["constants"] = utils.with_defaults(other.summary)
+    this.summary["constants"]["ema_decay"] = 0.0
+    comparison = evaluate.compare([this], [other])
+    assert comparison["different_constants"] == {
         "tta": {"other": False, "this": True},
         "holdout_per_class": {"other": 5, "this": held_out},
     }
-    evaluate.print_comparison(this)
+    evaluate.print_comparison([this], [other], comparison)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in lines if line.startswith("differs")] == [
         "differs  TTA: other False, this True",
@@ -216,45 +301,154 @@ def test_an_evaluation_without_compare_removes_an_earlier_comparison(before):
     assert "comparison" not in read_metrics(before)
 
 
+# ---- recipes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(before, tmp_path):
+    """Makes results folders of invented runs: name, seed, images got wrong, other constants."""
+
+    def make(name: str, seed: int, wrong: int, **constants) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in FILES:
+            (folder / file).write_bytes((before / file).read_bytes())
+        rows = read_predictions(before)
+        for row in rows:
+            label = int(row["label"])
+            row["predicted"] = (label + 1) % 10 if int(row["index"]) < wrong else label
+        with open(folder / "predictions.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        metrics = read_metrics(folder) | {"top1_accuracy": (360 - wrong) / 360}
+        metrics["constants"] |= {"seed": seed, "learning_rate": 0.1} | constants
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return folder
+
+    return make
+
+
+def compare_folders(these: list[Path], others: list[Path], folder: Path) -> str:
+    flags = ["--results", *these, "--compare", *others, "--results-dir", folder, "--no-show"]
+    with redirect_stdout(StringIO()) as output:
+        evaluate.main(list(map(str, flags)))
+    return output.getvalue()
+
+
+def test_recipes_are_compared_from_their_folders_without_a_network(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "Classifier", None)  # which a network would need
+    these = [
+        recipe(f"a{seed}", seed, wrong, learning_rate=0.3) for seed, wrong in enumerate([9, 18])
+    ]
+    others = [recipe(f"b{seed}", seed, wrong) for seed, wrong in enumerate([72, 90, 99])]
+    printed = compare_folders(these, others, tmp_path / "out")
+    for line in [
+        f"other    top-1 75.00 %, SEED 1: {others[1]}\n",  # 270 of 360
+        f"this     top-1 97.50 %, SEED 0: {these[0]}\n",
+        "top-1    other 75.83 %, this 96.25 %\n",
+        "seeds    standard deviation: other 3.82, this 1.77 points\n",
+        "differs  LEARNING_RATE: other 0.1, this 0.3\n",
+        "verdict  this recipe is better than the other\n",
+    ]:
+        assert line in printed
+    assert "caution" not in printed and printed.count("differs") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.png",
+    }
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    low, high = (100 * x for x in comparison["difference_interval_95"])
+    interval = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f} points\n"
+    assert f"change   +20.42 points, {interval}" in printed
+    assert 0 < low < 20.42 < high < 41
+    assert "verdict  this recipe is worse than the other\n" in compare_folders(
+        others, these, tmp_path / "out"
+    )
+
+
+def test_what_is_not_known_yet_comes_with_the_seeds_that_would_settle_it(recipe, tmp_path):
+    these = [recipe(f"a{seed}", seed, wrong) for seed, wrong in enumerate([9, 90])]
+    others = [recipe(f"b{seed}", seed, wrong) for seed, wrong in enumerate([72, 99])]
+    printed = compare_folders(these, others, tmp_path / "out")
+    more = json.loads((tmp_path / "out" / "comparison.json").read_text())["more_seeds"]
+    assert more > 1
+    assert f"verdict  not known yet; about {more} more seeds each would settle such a" in printed
+
+
+def test_one_run_each_is_compared_as_with_a_checkpoint(before, after, tmp_path):
+    printed = compare_folders([after[0]], [before], tmp_path / "out").splitlines()
+    assert printed[:-1] == after[1].splitlines()[-len(printed) : -1]
+    assert printed[-2].startswith("caution  two checkpoints, not two recipes")
+
+
+@pytest.mark.parametrize(
+    ("constants", "found"),
+    [
+        ({"seed": 0}, "a0, .*a1 have SEED \\[0, 0\\]"),
+        ({"seed": 1, "momentum": 0.1, "flip": 0.3}, "a0, .*a1 differ in FLIP, MOMENTUM"),
+    ],
+)
+def test_runs_of_one_recipe_differ_in_their_seeds_alone(recipe, tmp_path, constants, found):
+    these = [recipe("a0", 0, 9), recipe("a1", wrong=9, **constants)]
+    others = [recipe("b0", 0, 9), recipe("b1", 1, 9)]
+    for sides in ((these, others), (others, these)):
+        with pytest.raises(utils.UserError, match=found) as error:
+            compare_folders(*sides, tmp_path / "out")
+        assert "\n" not in str(error.value) and "each run with its own SEED" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--results a0", "--results a0 a1", "--results a0 a1 --compare b0", "--compare b0 b1",
+     "--results a0 --compare b0 b1", "--compare results"],
+)  # fmt: skip
+def test_sides_that_are_neither_one_run_each_nor_several_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(flags.split())
+    assert end.value.code == 2
+    assert "expected another folder than --results-dir; at least two" in capsys.readouterr().err
+
+
 # ---- the picture --------------------------------------------------------------------------------
 
 
-def draw(changes: list[float], epochs: int) -> dict:
-    """The panels of comparison.png for invented changes of F1 and equal histories."""
-    classes = [{"class": str(i), "f1_change": change} for i, change in enumerate(changes)]
-    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
-    history = [{"epoch": e} | dict.fromkeys(names, 0.5 / e) for e in range(1, epochs + 1)]
-    comparison = {"classes": classes, "other": {"history": history}}
-    names = {row["class"]: row["class"] for row in classes}
-    figure = evaluate.draw_comparison({"history": history, "comparison": comparison}, names)
+def test_picture_shows_every_run_and_the_interval(recipe):
+    sides = [
+        [evaluate.read_result(str(recipe(f"{name}{seed}", seed, 30 + seed))) for seed in range(3)]
+        for name in "ab"
+    ]
+    comparison = evaluate.compare(*sides)
+    figure = evaluate.draw_comparison(*sides, comparison)
+    _, upper, lower = figure.axes
+    points = [line.get_xydata().tolist() for line in upper.get_lines()]
+    accuracies = [330 / 360, 329 / 360, 328 / 360]
+    assert points[0] == [[x, 0] for x in accuracies] and points[2] == [[x, 1] for x in accuracies]
+    assert lower.get_lines()[0].get_xdata().tolist() == comparison["difference_interval_95"]
+
+
+def draw(changes: list[float]) -> Axes:
+    """The panel of comparison.png with the changes of F1, of invented ones."""
+    run = Namespace(correct=np.array([True, False]))
+    rows = [{"class": str(i), "f1_change": change} for i, change in enumerate(changes)]
+    comparison = {"classes": rows, "difference": 0.0, "difference_interval_95": [-0.1, 0.1]}
+    figure = evaluate.draw_comparison([run], [run], comparison)
     figure.canvas.draw()
-    return dict(zip(("f1", "loss", "accuracy"), figure.axes))
+    return figure.axes[0]
 
 
 def test_picture_shows_the_15_largest_changes_each_way():
     changes = np.linspace(0.3, -0.5, 100).round(3).tolist()
-    bars = [bar.get_width() for bar in draw(changes, 3)["f1"].patches]
+    bars = [bar.get_width() for bar in draw(changes).patches]
     assert bars == changes[:15] + changes[-15:]
-    bars = [bar.get_width() for bar in draw([0.2, 0.1, 0.0, 0.0, -0.1], 3)["f1"].patches]
+    bars = [bar.get_width() for bar in draw([0.2, 0.1, 0.0, 0.0, -0.1]).patches]
     assert bars == [0.2, 0.1, -0.1]
 
 
 def test_picture_says_that_no_class_has_changed():
-    panel = draw([0.0] * 100, 3)["f1"]
+    panel = draw([0.0] * 100)
     assert panel.get_title() == "no class has changed" and not len(panel.patches)
-
-
-@pytest.mark.parametrize("epochs", [1, 2, 30, 300])
-def test_picture_has_both_runs_curves_over_whole_epochs(epochs):
-    panels = draw([0.1], epochs)
-    for name in ("loss", "accuracy"):
-        lines = {line.get_label(): line for line in panels[name].get_lines()}
-        assert {label.split(":")[0] for label in lines} == {"this", "other"} and len(lines) == 4
-        assert all(len(line.get_xdata()) == epochs for line in lines.values())
-        ticks = [label.get_text() for label in panels[name].get_xticklabels()]
-        assert all(tick.lstrip("−").isdigit() for tick in ticks), ticks
-    for label in panels["loss"].get_yticklabels(which="both"):
-        assert "e" not in label.get_text()  # 0.006, not 6e-03
 
 
 def test_picture_is_written(after):
@@ -293,12 +487,6 @@ def write(name: str, content: bytes):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.fixture(scope="module")
-def classifier(checkpoints) -> evaluate.Classifier:
-    flags = ["--checkpoint", str(checkpoints[0])]
-    return evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
-
-
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -314,24 +502,24 @@ def classifier(checkpoints) -> evaluate.Classifier:
         (write("metrics.json", b""), "metrics.json .* Expecting value"),
         (write("metrics.json", b"[]"), "metrics.json cannot be compared"),
         (write("metrics.json", b'{"loss": 1}'), "it has no 'dataset'"),
-        (edit("metrics.json", '"history"', '"story"'), "it has no 'history'"),
-        (edit("metrics.json", '"val_loss"', '"lost"'), "it has no 'val_loss'"),
+        (edit("metrics.json", '"tta"', '"views"'), "it has no 'tta'"),
         (
             edit("metrics.json", '"digits"', '"cifar100"'),
             "its data set is 'cifar100', not 'digits'",
         ),
         (edit("metrics.json", '"constants": {', '"constants": 3, "_": {'), "cannot be compared"),
+        (edit("confusion_matrix.csv", ",9", ",nine"), "its classes have other names"),
+        (write("confusion_matrix.csv", b""), "confusion_matrix.csv cannot be compared"),
     ],
 )
-def test_files_that_cannot_be_compared_are_one_line(classifier, before, tmp_path, spoil, reason):
+def test_files_that_cannot_be_compared_are_one_line(before, tmp_path, spoil, reason):
     for name in FILES:
         (tmp_path / name).write_bytes((before / name).read_bytes())
-    args = Namespace(compare=str(tmp_path), results_dir=str(tmp_path / "results"))
-    test = evaluate.TestImages(data.read_digits("test")[0], "digits", selected=False)
-    assert evaluate.read_results(args, test)["dataset"] == "digits"
+    like = evaluate.read_result(str(before))
+    assert evaluate.read_result(str(tmp_path), like).summary["dataset"] == "digits"
     spoil(tmp_path)
     with redirect_stderr(StringIO()) as stderr, pytest.raises(utils.UserError, match=reason) as end:
-        evaluate.read_results(args, test)
+        evaluate.read_result(str(tmp_path), like)
     assert "\n" not in str(end.value) and "evaluate that checkpoint again" in str(end.value)
     assert not stderr.getvalue()
 

@@ -120,24 +120,20 @@ def read_metrics(folder):
 
 
 def as_result(labels, predicted, classes):
-    nothing = torch.zeros(len(labels), 3, 32, 32, dtype=torch.uint8)
-    logits = 100 * torch.eye(len(classes))[torch.tensor(predicted)]
-    return evaluate.Result(data.Split(nothing, torch.tensor(labels)), logits[None], classes)
+    confidence = np.ones(len(labels))
+    return evaluate.Result(classes, np.array(labels), np.array(predicted), confidence, "", {})
 
 
 # ---- numbers ------------------------------------------------------------------------------------
 
 
-def test_report_names_an_absent_class_and_agrees_with_hand_worked_numbers():
+def test_scores_of_classes_agree_with_hand_worked_numbers():
     result = as_result([0, 0, 0, 2], [0, 0, 2, 2], ["a", "b", "c"])
     precision, recall, f1 = result.scores
     assert precision.tolist() == pytest.approx([1, 0, 1 / 2])
     assert recall.tolist() == pytest.approx([2 / 3, 0, 1])
     assert f1.tolist() == pytest.approx([0.8, 0, 2 / 3])
     assert result.support.tolist() == [3, 0, 1]
-    lines = result.report_text.splitlines()[2:5]
-    assert [line.split()[0] for line in lines] == ["a", "b", "c"]
-    assert [line.split()[-1] for line in lines] == ["3", "0", "1"]
 
 
 def test_scores_of_classes_are_those_of_scikit_learn():
@@ -152,8 +148,7 @@ def test_scores_of_classes_are_those_of_scikit_learn():
 def test_classes_without_test_images_are_in_neither_macro_f1_nor_the_worst_classes():
     result = as_result([0, 0, 0, 2], [0, 0, 2, 1], ["a", "b", "c", "d"])
     assert result.worst_first.tolist() == [2, 0]
-    with evaluate.legible(result.classes):
-        axes = evaluate.draw_f1(result, result.classes).axes[0]
+    axes = evaluate.draw_f1(result).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["c", "a"]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 0.8])
 
@@ -169,13 +164,16 @@ def test_confused_pairs_add_up_both_ways_and_name_the_commoner():
 
 def test_calibration_error_of_a_hand_worked_case():
     # Four at 0.95, three right: a gap of 0.2 for 4/5 of the images; one right at 0.55: 0.45.
-    confidence, correct = np.array([0.95] * 4 + [0.55]), np.array([True, True, True, False, True])
-    bins = evaluate.calibration_bins(confidence, correct)
-    assert evaluate.expected_calibration_error(bins) == pytest.approx(0.8 * 0.2 + 0.2 * 0.45)
+    result = as_result([0, 0, 0, 0, 0], [0, 0, 0, 1, 0], ["a", "b"])
+    result.confidence = np.array([0.95] * 4 + [0.55])
+    *_, error = evaluate.calibrate(result)
+    assert error == pytest.approx(0.8 * 0.2 + 0.2 * 0.45)
 
 
 def test_calibration_bins_hold_their_upper_edge():
-    images, _, _ = evaluate.calibration_bins(np.array([0.0, 0.2, 0.21, 1.0]), np.ones(4))
+    result = as_result([0] * 4, [0] * 4, ["a", "b"])
+    result.confidence = np.array([0.0, 0.2, 0.21, 1.0])
+    images, _, _ = evaluate.calibrate(result)
     assert np.flatnonzero(images).tolist() == [0, 2, 3, 14]  # 0.2 is the third of 15 bins' end
 
 
@@ -398,18 +396,35 @@ def test_letters_come_from_any_installed_font_or_are_escaped(tmp_path, monkeypat
     font.setupOS2()
     font.setupPost()
     font.save(tmp_path / "wen.ttf")
-    with evaluate.legible(["a\u6587", "\u4e2d\u6587"]) as shown:
-        assert shown == {"a\u6587": r"a\u6587", "\u4e2d\u6587": r"\u4e2d\u6587"}
-    installed = list(font_manager.fontManager.ttflist)
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
-    font_manager.fontManager.addfont(tmp_path / "wen.ttf")
-    with evaluate.legible(["a\u6587", "\u4e2d\u6587"]) as shown, warnings.catch_warnings():
-        assert shown == {"a\u6587": "a\u6587", "\u4e2d\u6587": "\\u4e2d\u6587"}
-        warnings.simplefilter("error")  # matplotlib warns of letters that it draws as boxes
-        evaluate.new_figure(3, 3).text(0, 0, shown["\u4e2d\u6587"]).figure.canvas.draw()
+    with plt.rc_context():
+        assert evaluate.legible(["a\u6587", "\u4e2d\u6587"]) == [r"a\u6587", r"\u4e2d\u6587"]
+        installed = list(font_manager.fontManager.ttflist)
+        monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
+        font_manager.fontManager.addfont(tmp_path / "wen.ttf")
+        texts = evaluate.legible(["a\u6587", "\u4e2d\u6587"])
+        assert texts == ["a\u6587", "\\u4e2d\u6587"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib warns of letters that it draws as boxes
+            evaluate.new_figure(3, 3).text(0, 0, texts[1]).figure.canvas.draw()
 
 
 # ---- curves -------------------------------------------------------------------------------------
+
+COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30, 300])
+def test_curves_are_over_whole_epochs(epochs):
+    history = [{"epoch": e} | dict.fromkeys(COLUMNS, 0.5 / e) for e in range(1, epochs + 1)]
+    figure = evaluate.draw_curves({"history": history, "constants": {"watch": "loss"}})
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        assert [len(line.get_xdata()) for line in axes.get_lines()] == [epochs, epochs, 1]
+        ticks = [label.get_text() for label in axes.get_xticklabels()]
+        assert all(tick.lstrip("−").isdigit() for tick in ticks), ticks
+    for axes in figure.axes:
+        for label in axes.get_yticklabels(which="both"):
+            assert not {"e", "$"} & set(label.get_text())  # 0.006, neither 6e-03 nor mathematics
 
 
 def test_curves_name_what_selected_the_best_epoch_and_what_was_augmented():
@@ -424,7 +439,7 @@ def test_curves_name_what_selected_the_best_epoch_and_what_was_augmented():
         (history, "loss", 1, "training, augmented from epoch 1"),
         (history[1:], "accuracy", 2, "training, augmented"),
     ]:
-        figure = evaluate.draw_curves(rows, {"watch": watch, "schedule": "plateau"})
+        figure = evaluate.draw_curves({"history": rows, "constants": {"watch": watch}})
         for axes, values in zip(figure.axes, (losses, accuracies)):
             lines = {line.get_label(): line for line in axes.get_lines()}
             star = lines[f"best epoch by validation {watch}: {best}"]
