@@ -179,7 +179,7 @@ def test_interval_holds_the_truth_in_94_to_96_percent_of_1000_comparisons(seeds,
     holds, found = simulate_comparisons(1000, seeds, 10_000, *mix)
     assert 0.94 - 0.014 <= holds <= 0.96 + 0.014  # two standard errors of 1,000
     _, found = simulate_comparisons(200, seeds, 10_000, *mix, difference=0.01)
-    assert found > {2: 0.2, 3: 0.4, 5: 0.7}[seeds]
+    assert found > {2: 0.2, 3: 0.4, 5: 0.6}[seeds]
 
 
 def test_difference_over_seeds_of_a_hand_worked_case():
