@@ -26,6 +26,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -138,11 +139,7 @@ class Result:
         self.f1, tested = self.scores[2], np.flatnonzero(self.support)
         self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
         self.pairs = find_confused_pairs(self.matrix, self.classes)
-
-    def most_confident(self, mask: np.ndarray, count: int) -> np.ndarray:
-        """Indices of the most confident predictions among those where mask (N,) is true."""
-        order = np.argsort(-self.confidence, kind="stable")
-        return order[mask[order]][:count]
+        self.most_confident = np.argsort(-self.confidence, kind="stable")  # indices of the images
 
 
 def read_test_images(classifier: Classifier, args: Namespace) -> tuple[Tensor, Result]:
@@ -189,9 +186,8 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     result.summary |= summarize(result, views, classifier)
     if others:
         result.summary["comparison"] = compare([result], others)
-    options = {"target_names": result.classes, "digits": 4, "zero_division": 0}
-    options["labels"] = range(len(result.classes))  # or names shift when a class is absent
-    report = metrics.classification_report(result.labels, predicted, **options)
+    options = {"target_names": result.classes, "labels": range(len(result.classes)), "digits": 4}
+    report = metrics.classification_report(result.labels, predicted, zero_division=0, **options)
     write_tables(result, report, folder)
     write_pictures(result, images, others, folder)
     print_numbers(result, report)
@@ -219,7 +215,9 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "history": read_history(classifier.path, checkpoint["history"]),
     }
     if result.classes == data.CLASSES:
-        summary["superclass_accuracy"] = count_superclasses(result).trace() / len(labels)
+        summary["superclass_accuracy"] = count_superclasses(
+            by_superclass(result.matrix)
+        ).trace() / len(labels)
     if classifier.tta:
         summary["without_tta"] = score(views[0], labels)
     return summary
@@ -240,16 +238,15 @@ def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) 
     return np.stack([correct / predicted.clip(1), correct / true.clip(1), f1])
 
 
-def superclass_numbers(classes: list[str]) -> np.ndarray:
-    """The superclass of each class (num_classes,), numbered as the official coarse labels are."""
-    members = list(data.SUPERCLASSES.values())
-    return np.array([[name in names for names in members].index(True) for name in classes])
+def by_superclass(matrix: np.ndarray) -> np.ndarray:
+    """A confusion matrix of CIFAR-100 with the five classes of each superclass side by side."""
+    order = [data.CLASSES.index(name) for name in chain(*data.SUPERCLASSES.values())]
+    return matrix[np.ix_(order, order)]
 
 
-def count_superclasses(result: Result) -> np.ndarray:
-    """Confusion matrix (20, 20) of the superclasses."""
-    belongs = np.eye(len(data.SUPERCLASSES), dtype=int)[superclass_numbers(result.classes)]
-    return belongs.T @ result.matrix @ belongs
+def count_superclasses(grouped: np.ndarray) -> np.ndarray:
+    """Confusion matrix (20, 20) of the superclasses from one that by_superclass() returned."""
+    return grouped.reshape(20, 5, 20, 5).sum((1, 3))
 
 
 def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
@@ -373,10 +370,9 @@ def compare_results(args: Namespace, folder: Path) -> Path:
 
 def compare(these: list[Result], others: list[Result]) -> dict:
     """What is written of one run compared with one, or of a recipe's runs with another's."""
-    sides = these, others
+    sides, settings = (these, others), differences(these[0], others[0])
     for runs in sides:
         require_one_recipe(runs)
-    settings = differences(these[0], others[0])
     if len(these) > 1:
         settings.pop("seed", None)
     f1, other_f1 = (np.mean([run.f1 for run in runs], 0) for runs in sides)
@@ -412,31 +408,31 @@ def require_one_recipe(runs: list[Result]) -> None:
 def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     """Difference of two mean accuracies on the same N images, and its 95 % interval.
 
-    correct, other_correct: bool (runs, N). The variance of the difference has two parts: of the
-    runs' accuracies from seed to seed, pooled over both recipes, and of the images' differences,
-    without the chance within the runs, which the first part holds. The interval is Student's t.
-    Satterthwaite (1946, doi:10.2307/3002019) divides the seeds' degrees of freedom by the square
-    of their share of the variance; with two seeds, whose share is uncertain too, that holds the
-    truth 92 to 95 % of the time, without the square 94 to 96 % (tests/test_compare.py). One run
-    each: the images' part, and McNemar's exact test (1947, doi:10.1007/BF02295996).
+    correct, other_correct: bool (runs, N). Two variances add up: that of the accuracies from run to
+    run, pooled because a few runs cannot tell which recipe spreads more; and that of the difference
+    from image to image, less the noise within the runs, which the first contains. The interval is
+    Student's t. Satterthwaite (1946, doi:10.2307/3002019) divides the runs' degrees of freedom by
+    the square of their share of the variance. With two runs a side that share is too uncertain: the
+    interval covers the truth 92 to 95 % of the time. Divided by the share itself, it does so 94 to
+    96 % of the time (tests/test_compare.py). A single run a side tells nothing of the runs: there
+    is the images' part alone, and McNemar's exact test (1947, doi:10.1007/BF02295996).
     """
     sides, per_image = (correct, other_correct), correct.mean(0) - other_correct.mean(0)
-    chance = np.concatenate([side - side.mean(0) for side in sides])  # (runs of both, N)
-    free, count = max(len(chance) - 2, 1), len(per_image)
-    between_runs = np.square(chance.mean(1)).sum() / free
-    within_runs = chance.var(1, ddof=1).sum() / free / count
-    more = np.arange(101)  # seeds of each recipe than there are
-    runs = [len(side) + more for side in sides]
-    images = per_image.var(ddof=1) / count - within_runs * sum(1 / x[0] for x in runs)
-    seeds = (between_runs or within_runs) * sum(1 / x for x in runs)  # equal runs are a fluke
-    variance = seeds + max(images, 0)
-    share = (seeds / variance.clip(1e-30)).clip(1e-9)
-    half_widths = stats.t.ppf(0.975, (sum(runs) - 2).clip(1) / share) * np.sqrt(variance)
+    noise = np.concatenate([side - side.mean(0) for side in sides])  # (runs of both, N)
+    count, freedom = len(per_image), max(len(noise) - 2, 1)
+    run_variance = np.square(noise.mean(1)).sum() / freedom
+    noise_variance = noise.var(1, ddof=1).sum() / freedom / count
+    more = np.arange(101)  # runs of each recipe than there are
+    inverse = sum(1 / (len(side) + more) for side in sides)
+    images = max(per_image.var(ddof=1) / count - noise_variance * inverse[0], 0)
+    runs = (run_variance or noise_variance) * inverse  # accuracies that are equal are so by chance
+    share = (runs / (runs + images).clip(1e-30)).clip(1e-9)
+    widths = stats.t.ppf(0.975, (freedom + 2 * more) / share) * np.sqrt(runs + images)
     difference = per_image.mean()
-    interval = [difference - half_widths[0], difference + half_widths[0]]
+    interval = [difference - widths[0], difference + widths[0]]
     comparison = {"difference": difference, "difference_interval_95": interval}
-    if len(chance) > 2:  # the fewest that would settle a difference of this size
-        settled = half_widths < abs(difference)
+    if len(noise) > 2:  # how many more would settle a difference of this size, if it is real
+        settled = widths < abs(difference)
         return comparison | {"more_seeds": settled.argmax().item() if settled.any() else None}
     gained, lost = ((per_image == x).sum().item() for x in (1, -1))
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -453,11 +449,9 @@ def largest_changes(comparison: dict, count: int) -> list[dict]:
 def print_comparison(these: list[Result], others: list[Result], comparison: dict) -> None:
     """Prints what differs between these runs and the others, and how certain that is."""
     changes, paired = largest_changes(comparison, 5), len(these) == 1
+    line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
     title = "largest changes in F1, with correct images" if changes else "F1: no class has changed"
-    print(f"\n{title}")
-    for row in changes:
-        line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
-        print(line.format(**row))
+    print(f"\n{title}", *(line.format(**row) for row in changes), sep="\n")
     print()
     if paired:
         checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
@@ -491,8 +485,8 @@ def print_comparison(these: list[Result], others: list[Result], comparison: dict
         utils.say("caution", text)
     elif low <= 0 <= high:
         more = comparison["more_seeds"] or "over 100"
-        text = f"not known yet; about {more} more seeds each would settle such a difference"
-        utils.say("verdict", text)
+        seeds = f"about {more} more seed{'s' * (more != 1)} of each recipe"
+        utils.say("verdict", f"not known yet: {seeds} would settle a difference of this size")
     else:
         utils.say("verdict", f"this recipe is {'better' if low > 0 else 'worse'} than the other")
 
@@ -537,12 +531,15 @@ def write_tables(result: Result, report: str, folder: Path) -> None:
 def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:
     """Draws and writes every picture for which there is something to draw."""
     summary = result.summary
-    groups = list(data.SUPERCLASSES) if result.classes == data.CLASSES else []
+    names, matrix, groups = result.classes, result.matrix, []
+    if names == data.CLASSES:
+        names, groups = [*chain(*data.SUPERCLASSES.values())], list(data.SUPERCLASSES)
+        matrix = by_superclass(matrix)
     figures = {
-        "confusion_matrix": draw_matrix(result.matrix, result.classes, groups),
+        "confusion_matrix": draw_matrix(matrix, names, groups),
         "per_class": draw_f1(result),
         "reliability": draw_reliability(result),
-        "superclass_confusion_matrix": groups and draw_matrix(count_superclasses(result), groups),
+        "superclass_confusion_matrix": groups and draw_matrix(count_superclasses(matrix), groups),
         "comparison": others and draw_comparison([result], others, summary["comparison"]),
         "most_confused": result.pairs and draw_pairs(result, images),
         "mistakes": result.pairs and draw_mistakes(result, images),
@@ -584,11 +581,8 @@ def legible(texts: Iterable[str]) -> list[str]:
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
-    """Confusion matrix, rows true, columns predicted; by superclass if groups names them."""
+    """Confusion matrix, rows true, columns predicted; lines between groups of as many classes."""
     count, numbered = len(names), len(names) <= 20
-    if groups:
-        order = np.argsort(superclass_numbers(names), kind="stable")
-        matrix, names = matrix[order][:, order], [names[i] for i in order]
     fractions = matrix / matrix.sum(1, keepdims=True).clip(1)
     label = "fraction of the true class's images" + ("; numbers: images" if numbered else "")
     ticks = legible(names) if count <= 200 else False
@@ -626,7 +620,7 @@ def draw_tiles(images: Sequence, captions: list[str], columns: int, width: float
 
 def draw_mistakes(result: Result, images: Tensor) -> Figure:
     """The 24 mistakes with the highest confidence."""
-    indices = result.most_confident(~result.correct, 24)
+    indices = result.most_confident[~result.correct[result.most_confident]][:24]
     names, percent = result.classes, 100 * result.confidence
     captions = [
         f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n"
@@ -643,7 +637,7 @@ def draw_pairs(result: Result, images: Tensor) -> Figure:
         a, b = names.index(pair["true"]), names.index(pair["taken_for"])
         for label, predicted in (a, a), (a, b), (b, a), (b, b):
             mask = (result.labels == label) & (result.predicted == predicted)
-            chosen = result.most_confident(mask, 3)
+            chosen = result.most_confident[mask[result.most_confident]][:3]
             strip = images.new_full((3, 3, size, size), 255)  # white
             strip[: len(chosen)] = images[chosen]
             strips.append(make_grid(strip, padding=size // 16, pad_value=255))
@@ -778,8 +772,7 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     captions = ["\n".join(f"{100 * p:6.2f} %  {name}" for name, p in row) for row in rows]
     titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files[:24], captions)]
     picture, table = folder / "predictions.png", folder / "pictures.csv"
-    ranks = range(1, len(rows[0]) + 1)
-    header = [f"{column}_{rank}" for rank in ranks for column in ("class", "probability")]
+    header = [f"{name}_{i + 1}" for i in range(len(rows[0])) for name in ("class", "probability")]
     with writing_into(folder):
         write_csv(table, ["file", *header], [[x, *sum(row, ())] for x, row in zip(files, rows)])
         figure = draw_tiles(images[:24], titles, columns=4, width=2.5)

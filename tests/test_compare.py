@@ -167,9 +167,9 @@ def test_interval_of_recipes_that_do_not_differ_holds_zero(seeds):
     assert 0.925 <= holds <= 0.975  # two standard errors around 95 %
 
 
-# Spread over seeds on the test images 0.2 to 0.5 points; disagreement of two runs 6 to 17 %.
-MIXES = [(0.001, 0.04, 0.0), (0.001, 0.12, 0.03), (0.002, 0.12, 0.0), (0.002, 0.12, 0.1)]
-MIXES += [(0.004, 0.12, 0.0), (0.004, 0.12, 0.1)]
+# Accuracies spread by 0.2, 0.3 and 0.5 points over seeds; two runs of a recipe disagree on 7, 12
+# and 12 % of the images, which add a chance of 0, 0.2 and 0.3 points to the recipes' difference.
+MIXES = [(0.001, 0.04, 0.0), (0.002, 0.12, 0.05), (0.004, 0.12, 0.15)]
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_interval_holds_the_truth_in_94_to_96_percent_of_1000_comparisons(seeds,
     holds, found = simulate_comparisons(1000, seeds, 10_000, *mix)
     assert 0.94 - 0.014 <= holds <= 0.96 + 0.014  # two standard errors of 1,000
     _, found = simulate_comparisons(200, seeds, 10_000, *mix, difference=0.01)
-    assert found > {2: 0.2, 3: 0.4, 5: 0.7}[seeds]
+    assert found > {2: 0.2, 3: 0.4, 5: 0.6}[seeds]
 
 
 def test_difference_over_seeds_of_a_hand_worked_case():
@@ -373,7 +373,8 @@ def test_what_is_not_known_yet_comes_with_the_seeds_that_would_settle_it(recipe,
     printed = compare_folders(these, others, tmp_path / "out")
     more = json.loads((tmp_path / "out" / "comparison.json").read_text())["more_seeds"]
     assert more > 1
-    assert f"verdict  not known yet; about {more} more seeds each would settle such a" in printed
+    seeds = f"about {more} more seeds of each recipe"
+    assert f"verdict  not known yet: {seeds} would settle a difference of this size\n" in printed
 
 
 def test_one_run_each_is_compared_as_with_a_checkpoint(before, after, tmp_path):

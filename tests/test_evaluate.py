@@ -207,7 +207,8 @@ def test_superclass_matrix_agrees_with_the_official_coarse_labels():
     expected = np.zeros((20, 20), int)
     np.add.at(expected, (coarse, np.roll(coarse, 1)), 1)  # each predicted as its neighbour is
     result = as_result(fine, np.roll(fine, 1), data.CLASSES)
-    assert (evaluate.count_superclasses(result) == expected).all()
+    grouped = evaluate.by_superclass(result.matrix)
+    assert (evaluate.count_superclasses(grouped) == expected).all()
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -320,6 +321,24 @@ def test_tta_holds_the_images_once(checkpoint, monkeypatch):
     classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
     assert classifier.predict(data.read_digits("test")[0].images[:70]).shape == (2, 70, 10)
     assert len(held) == 1
+
+
+def test_classes_without_test_images_are_in_the_report_and_in_a_note(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    test, classes = data.read_digits("test")
+    some = test.select((test.labels != 3) & (test.labels != 7))
+    monkeypatch.setattr(data, "read_digits", lambda part: (some, classes))
+    run_main(checkpoint, tmp_path, "--no-show")
+    lines = (tmp_path / "classification_report.txt").read_text().splitlines()[2:12]
+    assert [line.split()[0] for line in lines] == classes
+    assert [line.split()[-1] == "0" for line in lines] == [name in "37" for name in classes]
+    metrics, (_, *rows) = read_metrics(tmp_path), read_csv(tmp_path / "predictions.csv")
+    labels, predicted = np.array([row[1:3] for row in rows], int).T
+    f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro")
+    assert metrics["macro_f1"] == pytest.approx(f1)
+    assert metrics["classes_without_images"] == ["3", "7"]
+    assert "note     2 of 10 classes have no test image: macro F1 leaves" in capsys.readouterr().out
 
 
 def test_processes_of_torchrun_after_the_first_do_nothing(tmp_path, monkeypatch, capsys):
