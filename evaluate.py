@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, sides = Path(args.results_dir), (len(args.results) or 1, len(args.compare))
     overwritten = folder.resolve() in [Path(path).resolve() for path in args.compare]
     if (args.results or args.compare) and (overwritten or min(sides) < min(2, max(sides))):
-        expected = "another folder than --results-dir; at least two if there are two --results"
+        expected = "one folder, not --results-dir, or at least two each in --results and --compare"
         utils.refuse_flag("compare", args.compare, expected)
     if args.results:
         picture = compare_results(args, folder)

@@ -409,7 +409,7 @@ def test_sides_that_are_neither_one_run_each_nor_several_are_refused(flags, caps
     with pytest.raises(SystemExit) as end:
         evaluate.main(flags.split())
     assert end.value.code == 2
-    assert "expected another folder than --results-dir; at least two" in capsys.readouterr().err
+    assert "expected one folder, not --results-dir, or at least two each" in capsys.readouterr().err
 
 
 # ---- the picture --------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_the_folder_that_is_written_cannot_be_compared_with(checkpoints, before,
     with pytest.raises(SystemExit) as end:
         run_main(checkpoints[0], before, "--compare", before / ".." / before.name)
     assert end.value.code == 2
-    assert "expected another folder than --results-dir" in capsys.readouterr().err
+    assert "expected one folder, not --results-dir, or at least two each" in capsys.readouterr().err
 
 
 # ---- the user's own pictures; best.pt elsewhere -------------------------------------------------
