@@ -4,13 +4,14 @@
     python evaluate.py --checkpoint checkpoints/demo/best.pt
     python evaluate.py --tta                        averages over each image and its mirror image
     python evaluate.py --compare results/before     what changed since another evaluation
+    python evaluate.py --check-data                 finds test images trained on, and wrong labels
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
 index counts the images from 0 in the order of the official test file, or those of a folder by class
-and name; label and predicted are class numbers, and confidence is the softmax of the predicted
+and name (file); label and predicted are class numbers, and confidence is the softmax of the predicted
 class. Rows of a confusion matrix are true classes, columns are predicted classes.
 """
 
@@ -56,6 +57,7 @@ RESULTS_DIR = "results"  # folder for everything this script writes
 DEVICE = "auto"  # where to compute ["auto", "cuda", "mps", "cpu"]
 TTA = False  # average the logits over each image and its mirror image: twice the time
 COMPARE = ""  # results folder of another evaluation to compare with, image by image; "" for none
+CHECK_DATA = False  # look for copies and wrong labels: runs over the training images too
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -73,16 +75,23 @@ def main(argv: list[str] | None = None) -> None:
     else:
         test = read_test_images(classifier, args)
         other = read_results(args, test) if args.compare else None
+        train = read_training_images(classifier, args) if args.check_data else None
         result = Result(test.split, classifier.predict(test.split.images), classifier.classes)
         summary = summarize(result, test, classifier)
         if other:
             summary["comparison"] = compare(result, summary, other)
+        check = DataCheck(classifier, train, result) if train else None
+        if check:
+            summary["data_check"] = summarize_check(check, result, other)
         write_tables(result, summary, folder)
         write_pictures(result, summary, folder)
+        write_check(check, result, folder)
         picture = folder / "confusion_matrix.png"
         print_numbers(result, summary)  # last: a terminal that cannot show a name loses no file
         if other:
             print_comparison(summary)
+        if check:
+            print_check(summary)
         utils.say("results", str(folder))
     if args.show:
         open_window(picture)
@@ -132,7 +141,7 @@ class Result:
 
     def __init__(self, split: data.Split, views: Tensor, classes: list[str]) -> None:
         """views: logits (views, N, num_classes)."""
-        self.images, self.labels = split.images, split.labels.numpy()
+        self.images, self.labels, self.files = split.images, split.labels.numpy(), split.files
         self.views, self.classes = views, classes
         self.superclasses = list(data.SUPERCLASSES) if classes == data.CLASSES else []
         confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
@@ -163,14 +172,20 @@ class TestImages(NamedTuple):
     selected: bool  # whether they selected the checkpoint
 
 
+def data_settings(classifier: Classifier, args: Namespace) -> Namespace:
+    """The constants of training, with the places where the images are now."""
+    dataset = args.dataset or classifier.constants["dataset"]
+    places = {"dataset": dataset, "data_dir": args.data_dir}
+    return Namespace(**classifier.constants | places)
+
+
 def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
     """The official test images, downloaded if missing, or the pictures in a folder's val/.
 
     Of a folder without val/, those that were held out from its train/. Raises UserError if they
     cannot be told from those trained on.
     """
-    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
-    settings.dataset = args.dataset or settings.dataset
+    settings = data_settings(classifier, args)
     if settings.dataset == "cifar100":
         data.fetch_cifar100(args.data_dir)
     holdout_per_class, kind = settings.holdout_per_class, "test images"
@@ -454,6 +469,251 @@ def print_comparison(summary: dict) -> None:
     utils.say("caution", "two checkpoints, not two recipes: another SEED changes the accuracy too")
 
 
+# ---- copies and wrong labels --------------------------------------------------------------------
+
+
+class Copy(NamedTuple):
+    """A row of duplicates.csv; an image is its index in the official file, or its file name."""
+
+    test_image: str
+    training_image: str
+    similarity: float
+    test_label: str
+    training_label: str
+    same_label: bool
+
+
+class Suspect(NamedTuple):
+    """A row of suspect_labels.csv; part is "test" or "training"."""
+
+    part: str
+    image: str
+    label: str
+    likelier_label: str
+    probability: float
+    likelier_probability: float
+
+
+class DataCheck:
+    """Test images with a copy among the images trained on, and labels that are probably wrong.
+
+    Images are numbered from the first test image to the last training image. Test labels are judged
+    by the network, training labels by heads on features, each of images that it did not train on.
+    """
+
+    def __init__(self, classifier: Classifier, train: data.Split, result: Result) -> None:
+        device, progress = classifier.device, utils.on_terminal()
+        self.classes, self.count = result.classes, len(result.labels)
+        names = result.files or [str(index) for index in range(self.count)]
+        test = data.Split(result.images, torch.from_numpy(result.labels), names)
+        self.identical = data.find_identical(test.images, train.images)
+        self.parts = {"test": test, "training": train}
+        self.named = [  # part, name and label of every image
+            (part, name, self.classes[label])
+            for part, split in self.parts.items()
+            for name, label in zip(split.files, split.labels.tolist())
+        ]
+        images = [split.images.to(device) for split in (test, train)]
+        network = load_initial_network(classifier)
+        loaders = [data.EvalLoader(part, *classifier.sizes) for part in images]
+        options = classifier.dtype, progress
+        features = [resnet.extract_features(network, loader, *options) for loader in loaders]
+        partner, similarity, self.threshold = data.find_copies(*images, *features, progress)
+        self.partner, self.similarity = self.count + partner.cpu().numpy(), similarity.cpu().numpy()
+        self.order = np.argsort(-self.similarity, kind="stable")  # of the test images
+        self.copied = self.similarity > self.threshold
+        self.copies = [self.compare(index) for index in self.order[: self.copied.sum()]]
+        labels = train.labels.to(device)
+        by_heads = resnet.predict_out_of_fold(features[1], labels, len(self.classes), progress)
+        by_network = result.views.mean(0).softmax(1)
+        self.suspects = self.rank_labels(0, by_network, test.labels)
+        self.suspects += self.rank_labels(self.count, by_heads.cpu(), train.labels)
+
+    def compare(self, index: int) -> Copy:
+        """A test image and the training image that is its likeliest copy."""
+        (_, name, label), (_, other, other_label) = (
+            self.named[number] for number in (index, self.partner[index])
+        )
+        similarity = self.similarity[index].item()
+        return Copy(name, other, similarity, label, other_label, label == other_label)
+
+    def rank_labels(
+        self, start: int, probabilities: Tensor, labels: Tensor
+    ) -> list[tuple[int, Suspect]]:
+        """Images from number start on whose label has a probability below 1 %, lowest first.
+
+        probabilities: (N, num_classes). Those of the labels are the "self-confidence" of Northcutt
+        et al. 2021, "Confident learning", arXiv 1911.00068. In folders of 1,000 pictures, 20 of
+        them with wrong labels, 27 were below 1 %, 15 of the wrong ones among them.
+        """
+        own, (best, likeliest) = (
+            probabilities.gather(1, labels[:, None])[:, 0],
+            probabilities.max(1),
+        )
+        suspects = []
+        for index in own.argsort(stable=True)[: (own < 0.01).sum()].tolist():
+            found = self.classes[likeliest[index]], own[index].item(), best[index].item()
+            suspects.append((start + index, Suspect(*self.named[start + index], *found)))
+        return suspects
+
+    def pixels(self, number: int) -> Tensor:
+        """An image uint8 (3, S, S)."""
+        test, train = self.parts.values()
+        return (test if number < self.count else train).images[number - (number >= self.count) * self.count]
+
+
+def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
+    """The images that the checkpoint was trained on, named. Raises UserError if they are others."""
+    settings = data_settings(classifier, args)
+    data.require_memory(settings, ["train"], classifier.device)
+    split, _ = data.read_split(settings, "train", classifier.classes)
+    found, expected = data.identify(settings, split), classifier.checkpoint["dataset"]
+    if found != expected:
+        raise utils.UserError(
+            f"--check-data needs the images that {classifier.path} was trained on: {expected}; "
+            f"{settings.dataset} has {found}"
+        )
+    names = split.files or [str(index) for index in range(len(split.labels))]
+    limits = settings.holdout_per_class, settings.train_per_class
+    train, _ = data.split_per_class(split.labels, *limits)
+    return split._replace(files=names).select(train)
+
+
+def load_initial_network(classifier: Classifier) -> nn.Module:
+    """The network with the weights that training began with; without their file, as it is now.
+
+    Features trained on a wrong label come to agree with it, so that heads on them miss more. For
+    copies, the initial features are as good or better.
+    """
+    architecture, name = (classifier.constants[x] for x in ("architecture", "weights"))
+    path = resnet.find_weights(architecture, name)
+    if not path.is_file():
+        effect = "training labels that it has learnt by heart do not look wrong"
+        utils.say("note", f"no file of weights {name!r}: the network's own features, {effect}")
+        return classifier.model
+    with utils.explained_misfit(path, architecture):
+        weights = utils.load_safely(path, zip_only=False)
+        model = resnet.build_model(architecture, len(classifier.classes))
+        resnet.load_pretrained(model, weights.get("model", weights), with_head=False)
+    return model.to(classifier.device, memory_format=data.memory_format(classifier.device))
+
+
+def summarize_check(check: DataCheck, result: Result, other: dict | None) -> dict:
+    """What metrics.json holds as "data_check"."""
+    correct, kept = result.predicted == result.labels, ~check.copied
+    names = ("part", "image", "label")
+    suspects = [suspect.part for _, suspect in check.suspects]
+    summary = {
+        "images_trained_on": len(check.named) - check.count,
+        "copies": len(check.copies),
+        "threshold": check.threshold,
+        "copies_with_another_label": [x._asdict() for x in check.copies if not x.same_label],
+        "suspect_labels": {part: suspects.count(part) for part in check.parts},
+        "identical": [
+            [dict(zip(names, check.named[number])) for number in group] for group in check.identical
+        ],
+    }
+    if check.copies:
+        summary["accuracy_on_copies"] = correct[check.copied].mean()
+    if kept.any():
+        labels, predicted = result.labels[kept], result.predicted[kept]
+        matrix = metrics.confusion_matrix(labels, predicted, labels=range(len(check.classes)))
+        summary["without_copies"] = {
+            "images": len(labels),
+            "top1_accuracy": correct[kept].mean(),
+            "interval_95": bootstrap_intervals(matrix)["top1_accuracy"],
+        }
+        if other:
+            paired = compare_paired(correct[kept], other["predicted"][kept] == labels)
+            summary["without_copies"]["comparison"] = paired
+    return summary
+
+
+def write_check(check: DataCheck | None, result: Result, folder: Path) -> None:
+    """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
+    names = "duplicates", "suspect_labels"
+    with writing_into(folder), legible(result.classes) as shown:
+        for path in (folder / f"{name}.{suffix}" for name in names for suffix in ("csv", "png")):
+            path.unlink(missing_ok=True)
+        if check:
+            suspects = [suspect for _, suspect in check.suspects]
+            tables = (Copy, check.copies), (Suspect, suspects)
+            figures = draw_copies(check, shown), draw_suspects(check, shown)
+            for name, (row, rows), figure in zip(names, tables, figures):
+                write_csv(folder / f"{name}.csv", row._fields, rows)
+                if figure:
+                    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def draw_copies(check: DataCheck, shown: dict[str, str]) -> Figure:
+    """Test images beside their likeliest copies.
+
+    The 24 most alike, the 12 just above the threshold, and the 12 just below it, which are not
+    counted as copies.
+    """
+    count, tiles, captions = len(check.copies), [], []
+    above, below = check.order[:count], check.order[count:]
+    for index in [*above[:24], *above[24:][-12:], *below[:12]]:
+        pair = torch.stack([check.pixels(number) for number in (index, check.partner[index])])
+        tiles.append(make_grid(pair, padding=pair.shape[-1] // 16, pad_value=255))
+        copy, verdict = check.compare(index), "copy" if check.copied[index] else "no copy"
+        labels = f"test: {shown[copy.test_label]}\ntraining: {shown[copy.training_label]}"
+        captions.append(f"{verdict}, {copy.similarity:.3f}\n{labels}")
+    return draw_tiles(tiles, captions, columns=6, width=2)
+
+
+def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure | None:
+    """The 24 most suspect labels of the test images, then of the training images."""
+    tiles, captions = [], []
+    for part in check.parts:
+        for number, x in [row for row in check.suspects if row[1].part == part][:24]:
+            tiles.append(check.pixels(number))
+            label = f"{part}: {shown[x.label]}\nlikelier: {shown[x.likelier_label]}"
+            chances = f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
+            captions.append(f"{label}\n{chances}")
+    return draw_tiles(tiles, captions, columns=6, width=2) if tiles else None
+
+
+def print_check(summary: dict) -> None:
+    """Prints the accuracy without the test images that have copies, and what may be wrong."""
+    check, differ = summary["data_check"], summary["data_check"]["copies_with_another_label"]
+    if differ:
+        print("\ncopies with another label: similarity, test image | training image")
+        for row in differ[:10]:
+            line = (
+                "{similarity:8.3f}  {test_image} {test_label} | {training_image} {training_label}"
+            )
+            print(line.format(**row))
+    print()
+    groups = [{image["part"] for image in group} for group in check["identical"]]
+    where = f"{groups.count({'training'})} in the training images, {groups.count({'test'})} in the "
+    where += f"test images, {groups.count({'test', 'training'})} across both"
+    unlike = sum(len({image["label"] for image in group}) > 1 for group in check["identical"])
+    utils.say("exact", f"{len(groups)} groups of equal images: {where}; {unlike} of mixed labels")
+    copies, total = check["copies"], f"{summary['images']:,} test images"
+    trained = f"the {check['images_trained_on']:,} images trained on"
+    found = f"{copies:,} of {total} have a near-duplicate among {trained}"
+    if copies:
+        found += f"; accuracy on them {100 * check['accuracy_on_copies']:.2f} %"
+    utils.say("copies", found)
+    if rest := check.get("without_copies"):
+        low, high = (100 * x for x in rest["interval_95"])
+        accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} %"
+        interval = f"95 % interval {low:.2f} to {high:.2f} %"
+        utils.say("without", f"{accuracy} on the other {rest['images']:,}, {interval}")
+        if paired := rest.get("comparison"):
+            low, high = (100 * x for x in paired["difference_interval_95"])
+            change = f"{100 * paired['difference']:+.2f} points without copies"
+            utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
+    utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
+    test, training = check["suspect_labels"].values()
+    counts = f"{test:,} test and {training:,} training labels have a probability below 1 %"
+    utils.say("suspect", f"{counts}: the most suspect first in suspect_labels.csv")
+    if check["threshold"] > data.COPY_SIMILARITY:
+        limit = f"copies begin at a similarity of {check['threshold']:.3f}, above the usual "
+        utils.say("note", f"{limit}{data.COPY_SIMILARITY}: here, other images are as alike")
+
+
 # ---- files --------------------------------------------------------------------------------------
 
 
@@ -487,9 +747,11 @@ def write_tables(result: Result, summary: dict, folder: Path) -> None:
         write_csv(folder / "classification_report.csv", header, rows)
         rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
         write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
-        indices = range(len(result.labels))
-        rows = zip(indices, result.labels, result.predicted, result.confidence)
+        columns = [result.labels, result.predicted, result.confidence]
         header = ["index", "label", "predicted", "confidence"]
+        if result.files:
+            columns, header = [*columns, result.files], [*header, "file"]
+        rows = zip(range(len(result.labels)), *columns)
         write_csv(folder / "predictions.csv", header, rows)
 
 
