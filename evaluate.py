@@ -80,18 +80,18 @@ def main(argv: list[str] | None = None) -> None:
         summary = summarize(result, test, classifier)
         if other:
             summary["comparison"] = compare(result, summary, other)
-        check = DataCheck(classifier, train, result) if train else None
+        check = check_data(classifier, train, result) if train else None
         if check:
             summary["data_check"] = summarize_check(check, result, other)
         write_tables(result, summary, folder)
         write_pictures(result, summary, folder)
-        write_check(check, result, folder)
+        write_check(check, result.classes, folder)
         picture = folder / "confusion_matrix.png"
         print_numbers(result, summary)  # last: a terminal that cannot show a name loses no file
         if other:
             print_comparison(summary)
         if check:
-            print_check(summary)
+            print_check(check, summary)
         utils.say("results", str(folder))
     if args.show:
         open_window(picture)
@@ -172,43 +172,45 @@ class TestImages(NamedTuple):
     selected: bool  # whether they selected the checkpoint
 
 
-def data_settings(classifier: Classifier, args: Namespace) -> Namespace:
-    """The constants of training, with the places where the images are now."""
-    dataset = args.dataset or classifier.constants["dataset"]
-    places = {"dataset": dataset, "data_dir": args.data_dir}
-    return Namespace(**classifier.constants | places)
-
-
 def read_test_images(classifier: Classifier, args: Namespace) -> TestImages:
     """The official test images, downloaded if missing, or the pictures in a folder's val/.
 
     Of a folder without val/, those that were held out from its train/. Raises UserError if they
     cannot be told from those trained on.
     """
-    settings = data_settings(classifier, args)
-    if settings.dataset == "cifar100":
-        data.fetch_cifar100(args.data_dir)
-    holdout_per_class, kind = settings.holdout_per_class, "test images"
-    held_out = holdout_per_class > 0 and not data.has_test_images(settings.dataset)
-    part = "train" if held_out else "test"
-    data.require_memory(settings, [part], classifier.device)
-    split, classes = data.read_split(settings, part, classifier.classes)
-    dataset = data.identify(settings, split)
-    if classes != classifier.classes or (held_out and dataset != classifier.checkpoint["dataset"]):
-        raise utils.UserError(
-            f"{settings.dataset} is not what {classifier.path} was trained on: "
-            f"{classifier.checkpoint['dataset']}, {len(classifier.classes)} classes"
-        )
+    name = args.dataset or classifier.constants["dataset"]
+    holdout_per_class, kind = classifier.constants["holdout_per_class"], "test images"
+    held_out = holdout_per_class > 0 and not data.has_test_images(name)
+    split, dataset = read_part(classifier, args, "train" if held_out else "test")
     if held_out:
         _, holdout = data.split_per_class(split.labels, holdout_per_class)
         split, kind = split.select(holdout), "hold-out images, because there is no val/"
-    utils.say("data", f"{settings.dataset}: {len(split.labels):,} {kind}")
+    utils.say("data", f"{name}: {len(split.labels):,} {kind}")
     selected = held_out or not holdout_per_class
     if selected:
         utils.say("note", "the checkpoint was selected on these images: the numbers are optimistic")
     else:
         utils.say("note", "these images were used neither to train nor to select the checkpoint")
     return TestImages(split, dataset, selected)
+
+
+def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.Split, str]:
+    """The images of a part, "train" or "test", and which they are, as data.identify() tells.
+
+    Downloads what is missing. Raises UserError if they are not those of the checkpoint.
+    """
+    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
+    settings.dataset = args.dataset or settings.dataset
+    data.fetch(settings)
+    data.require_memory(settings, [part], classifier.device)
+    split, classes = data.read_split(settings, part, classifier.classes)
+    dataset, expected = data.identify(settings, split), classifier.checkpoint["dataset"]
+    if classes != classifier.classes or (part == "train" and dataset != expected):
+        raise utils.UserError(
+            f"{settings.dataset} is not what {classifier.path} was trained on: "
+            f"{expected}, {len(classifier.classes)} classes"
+        )
+    return split, dataset
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def read_results(args: Namespace, test: TestImages) -> dict:
         if other["dataset"] != test.dataset:
             raise ValueError(f"its data set is {other['dataset']!r}, not {test.dataset!r}")
         path = folder / "predictions.csv"
-        rows = path.read_text(encoding="utf-8").splitlines()[1:]
+        rows = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
         if len(rows) != len(labels):
             raise ValueError(f"it has {len(rows):,} images, not {len(labels):,}")
         columns = np.loadtxt(rows, int, delimiter=",", usecols=range(3))
@@ -472,8 +474,8 @@ def print_comparison(summary: dict) -> None:
 # ---- copies and wrong labels --------------------------------------------------------------------
 
 
-class Copy(NamedTuple):
-    """A row of duplicates.csv; an image is its index in the official file, or its file name."""
+class Pair(NamedTuple):
+    """A test image and its likeliest copy: a row of duplicates.csv, and the pixels."""
 
     test_image: str
     training_image: str
@@ -481,10 +483,11 @@ class Copy(NamedTuple):
     test_label: str
     training_label: str
     same_label: bool
+    pixels: tuple[Tensor, Tensor]
 
 
 class Suspect(NamedTuple):
-    """A row of suspect_labels.csv; part is "test" or "training"."""
+    """An image whose label is probably wrong: a row of suspect_labels.csv, and the pixels."""
 
     part: str
     image: str
@@ -492,97 +495,97 @@ class Suspect(NamedTuple):
     likelier_label: str
     probability: float
     likelier_probability: float
+    pixels: Tensor
 
 
-class DataCheck:
-    """Test images with a copy among the images trained on, and labels that are probably wrong.
+class DataCheck(NamedTuple):
+    """What --check-data finds."""
 
-    Images are numbered from the first test image to the last training image. Test labels are judged
-    by the network, training labels by heads on features, each of images that it did not train on.
+    trained: int  # images trained on
+    identical: list[list[tuple]]  # groups of equal images: part, image and label of each
+    copies: list[Pair]  # more similar than the threshold, the most similar first
+    others: list[Pair]  # the next 12, which are no copies
+    threshold: float
+    copied: np.ndarray  # whether a test image has a copy (N,)
+    suspects: list[Suspect]  # test images, then training images; the most suspect first
+
+
+def check_data(classifier: Classifier, train: data.Split, result: Result) -> DataCheck:
+    """Looks for copies of the test images among those trained on, and for wrong labels in both.
+
+    Test labels are judged by the network, training labels by heads on its initial features, each
+    head on images that it was not trained on.
     """
+    classes, progress = result.classes, utils.on_terminal()
+    names = result.files or list(map(str, range(len(result.labels))))
+    test = data.Split(result.images, torch.from_numpy(result.labels), names)
+    network, images, features = load_initial_network(classifier), [], []
+    for split in (test, train):
+        images.append(split.images.to(classifier.device))
+        loader = data.EvalLoader(images[-1], *classifier.sizes)
+        features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
+    partner, similarity, threshold = data.find_copies(*images, *features, progress)
+    labels = train.labels.to(classifier.device)
+    heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress)
+    suspects = find_suspects("test", test, result.views.mean(0).softmax(1), classes)
+    suspects += find_suspects("training", train, heads.cpu(), classes)
 
-    def __init__(self, classifier: Classifier, train: data.Split, result: Result) -> None:
-        device, progress = classifier.device, utils.on_terminal()
-        self.classes, self.count = result.classes, len(result.labels)
-        names = result.files or [str(index) for index in range(self.count)]
-        test = data.Split(result.images, torch.from_numpy(result.labels), names)
-        self.identical = data.find_identical(test.images, train.images)
-        self.parts = {"test": test, "training": train}
-        self.named = [  # part, name and label of every image
-            (part, name, self.classes[label])
-            for part, split in self.parts.items()
-            for name, label in zip(split.files, split.labels.tolist())
-        ]
-        images = [split.images.to(device) for split in (test, train)]
-        network = load_initial_network(classifier)
-        loaders = [data.EvalLoader(part, *classifier.sizes) for part in images]
-        options = classifier.dtype, progress
-        features = [resnet.extract_features(network, loader, *options) for loader in loaders]
-        partner, similarity, self.threshold = data.find_copies(*images, *features, progress)
-        self.partner, self.similarity = self.count + partner.cpu().numpy(), similarity.cpu().numpy()
-        self.order = np.argsort(-self.similarity, kind="stable")  # of the test images
-        self.copied = self.similarity > self.threshold
-        self.copies = [self.compare(index) for index in self.order[: self.copied.sum()]]
-        labels = train.labels.to(device)
-        by_heads = resnet.predict_out_of_fold(features[1], labels, len(self.classes), progress)
-        by_network = result.views.mean(0).softmax(1)
-        self.suspects = self.rank_labels(0, by_network, test.labels)
-        self.suspects += self.rank_labels(self.count, by_heads.cpu(), train.labels)
+    pairs = []
+    for index in similarity.argsort(descending=True, stable=True).tolist():
+        other = partner[index].item()
+        names = test.files[index], train.files[other]
+        labels = classes[test.labels[index]], classes[train.labels[other]]
+        pixels = test.images[index], train.images[other]
+        alike = similarity[index].item()
+        pairs.append(Pair(*names, alike, *labels, labels[0] == labels[1], pixels))
+    copied = (similarity > threshold).cpu().numpy()
+    copies, others = pairs[: copied.sum()], pairs[copied.sum() :][:12]
+    identical = find_identical({"test": test, "training": train}, classes)
+    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
 
-    def compare(self, index: int) -> Copy:
-        """A test image and the training image that is its likeliest copy."""
-        (_, name, label), (_, other, other_label) = (
-            self.named[number] for number in (index, self.partner[index])
-        )
-        similarity = self.similarity[index].item()
-        return Copy(name, other, similarity, label, other_label, label == other_label)
 
-    def rank_labels(
-        self, start: int, probabilities: Tensor, labels: Tensor
-    ) -> list[tuple[int, Suspect]]:
-        """Images from number start on whose label has a probability below 1 %, lowest first.
+def find_identical(parts: dict[str, data.Split], classes: list[str]) -> list[list[tuple]]:
+    """Groups of images with the same pixels: part, name and label of each."""
+    named = [
+        (part, name, classes[label])
+        for part, split in parts.items()
+        for name, label in zip(split.files, split.labels)
+    ]
+    groups = data.find_identical(*(split.images for split in parts.values()))
+    return [[named[number] for number in group] for group in groups]
 
-        probabilities: (N, num_classes). Those of the labels are the "self-confidence" of Northcutt
-        et al. 2021, "Confident learning", arXiv 1911.00068. In folders of 1,000 pictures, 20 of
-        them with wrong labels, 27 were below 1 %, 15 of the wrong ones among them.
-        """
-        own, (best, likeliest) = (
-            probabilities.gather(1, labels[:, None])[:, 0],
-            probabilities.max(1),
-        )
-        suspects = []
-        for index in own.argsort(stable=True)[: (own < 0.01).sum()].tolist():
-            found = self.classes[likeliest[index]], own[index].item(), best[index].item()
-            suspects.append((start + index, Suspect(*self.named[start + index], *found)))
-        return suspects
 
-    def pixels(self, number: int) -> Tensor:
-        """An image uint8 (3, S, S)."""
-        test, train = self.parts.values()
-        return (test if number < self.count else train).images[number - (number >= self.count) * self.count]
+def find_suspects(
+    part: str, split: data.Split, probabilities: Tensor, classes: list[str]
+) -> list[Suspect]:
+    """Images whose label has a probability below 1 %, of probabilities (N, num_classes).
+
+    The lowest first: "self-confidence" of Northcutt et al. 2021, "Confident learning", arXiv
+    1911.00068. In folders of 1,000 pictures, 20 of them with a wrong label, 27 were below 1 %, 15
+    of the wrong ones among them.
+    """
+    own, best = probabilities.gather(1, split.labels[:, None])[:, 0], probabilities.max(1)
+    suspects = []
+    for index in own.argsort(stable=True)[: (own < 0.01).sum()].tolist():
+        names = split.files[index], classes[split.labels[index]], classes[best.indices[index]]
+        chances = own[index].item(), best.values[index].item()
+        suspects.append(Suspect(part, *names, *chances, split.images[index]))
+    return suspects
 
 
 def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
-    """The images that the checkpoint was trained on, named. Raises UserError if they are others."""
-    settings = data_settings(classifier, args)
-    data.require_memory(settings, ["train"], classifier.device)
-    split, _ = data.read_split(settings, "train", classifier.classes)
-    found, expected = data.identify(settings, split), classifier.checkpoint["dataset"]
-    if found != expected:
-        raise utils.UserError(
-            f"--check-data needs the images that {classifier.path} was trained on: {expected}; "
-            f"{settings.dataset} has {found}"
-        )
-    names = split.files or [str(index) for index in range(len(split.labels))]
-    limits = settings.holdout_per_class, settings.train_per_class
-    train, _ = data.split_per_class(split.labels, *limits)
-    return split._replace(files=names).select(train)
+    """The images that the checkpoint was trained on, named by file or by official index."""
+    split, _ = read_part(classifier, args, "train")
+    split = split._replace(files=split.files or list(map(str, range(len(split.labels)))))
+    limits = [classifier.constants[name] for name in ("holdout_per_class", "train_per_class")]
+    trained, _ = data.split_per_class(split.labels, *limits)
+    return split.select(trained)
 
 
 def load_initial_network(classifier: Classifier) -> nn.Module:
     """The network with the weights that training began with; without their file, as it is now.
 
-    Features trained on a wrong label come to agree with it, so that heads on them miss more. For
+    Features that were trained on a wrong label agree with it, so that heads on them miss more. For
     copies, the initial features are as good or better.
     """
     architecture, name = (classifier.constants[x] for x in ("architecture", "weights"))
@@ -601,23 +604,20 @@ def load_initial_network(classifier: Classifier) -> nn.Module:
 def summarize_check(check: DataCheck, result: Result, other: dict | None) -> dict:
     """What metrics.json holds as "data_check"."""
     correct, kept = result.predicted == result.labels, ~check.copied
-    names = ("part", "image", "label")
-    suspects = [suspect.part for _, suspect in check.suspects]
+    parts = [suspect.part for suspect in check.suspects]
     summary = {
-        "images_trained_on": len(check.named) - check.count,
+        "images_trained_on": check.trained,
+        "identical": check.identical,
         "copies": len(check.copies),
+        "copies_with_another_label": sum(not pair.same_label for pair in check.copies),
         "threshold": check.threshold,
-        "copies_with_another_label": [x._asdict() for x in check.copies if not x.same_label],
-        "suspect_labels": {part: suspects.count(part) for part in check.parts},
-        "identical": [
-            [dict(zip(names, check.named[number])) for number in group] for group in check.identical
-        ],
+        "suspect_labels": {part: parts.count(part) for part in ("test", "training")},
     }
     if check.copies:
         summary["accuracy_on_copies"] = correct[check.copied].mean()
     if kept.any():
         labels, predicted = result.labels[kept], result.predicted[kept]
-        matrix = metrics.confusion_matrix(labels, predicted, labels=range(len(check.classes)))
+        matrix = metrics.confusion_matrix(labels, predicted, labels=range(len(result.classes)))
         summary["without_copies"] = {
             "images": len(labels),
             "top1_accuracy": correct[kept].mean(),
@@ -629,74 +629,29 @@ def summarize_check(check: DataCheck, result: Result, other: dict | None) -> dic
     return summary
 
 
-def write_check(check: DataCheck | None, result: Result, folder: Path) -> None:
-    """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
-    names = "duplicates", "suspect_labels"
-    with writing_into(folder), legible(result.classes) as shown:
-        for path in (folder / f"{name}.{suffix}" for name in names for suffix in ("csv", "png")):
-            path.unlink(missing_ok=True)
-        if check:
-            suspects = [suspect for _, suspect in check.suspects]
-            tables = (Copy, check.copies), (Suspect, suspects)
-            figures = draw_copies(check, shown), draw_suspects(check, shown)
-            for name, (row, rows), figure in zip(names, tables, figures):
-                write_csv(folder / f"{name}.csv", row._fields, rows)
-                if figure:
-                    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-
-
-def draw_copies(check: DataCheck, shown: dict[str, str]) -> Figure:
-    """Test images beside their likeliest copies.
-
-    The 24 most alike, the 12 just above the threshold, and the 12 just below it, which are not
-    counted as copies.
-    """
-    count, tiles, captions = len(check.copies), [], []
-    above, below = check.order[:count], check.order[count:]
-    for index in [*above[:24], *above[24:][-12:], *below[:12]]:
-        pair = torch.stack([check.pixels(number) for number in (index, check.partner[index])])
-        tiles.append(make_grid(pair, padding=pair.shape[-1] // 16, pad_value=255))
-        copy, verdict = check.compare(index), "copy" if check.copied[index] else "no copy"
-        labels = f"test: {shown[copy.test_label]}\ntraining: {shown[copy.training_label]}"
-        captions.append(f"{verdict}, {copy.similarity:.3f}\n{labels}")
-    return draw_tiles(tiles, captions, columns=6, width=2)
-
-
-def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure | None:
-    """The 24 most suspect labels of the test images, then of the training images."""
-    tiles, captions = [], []
-    for part in check.parts:
-        for number, x in [row for row in check.suspects if row[1].part == part][:24]:
-            tiles.append(check.pixels(number))
-            label = f"{part}: {shown[x.label]}\nlikelier: {shown[x.likelier_label]}"
-            chances = f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
-            captions.append(f"{label}\n{chances}")
-    return draw_tiles(tiles, captions, columns=6, width=2) if tiles else None
-
-
-def print_check(summary: dict) -> None:
-    """Prints the accuracy without the test images that have copies, and what may be wrong."""
-    check, differ = summary["data_check"], summary["data_check"]["copies_with_another_label"]
+def print_check(check: DataCheck, summary: dict) -> None:
+    """Prints the accuracy without the test images that have copies, and what looks wrong."""
+    figures, differ = summary["data_check"], [x for x in check.copies if not x.same_label]
     if differ:
         print("\ncopies with another label: similarity, test image | training image")
-        for row in differ[:10]:
+        for pair in differ[:10]:
             line = (
                 "{similarity:8.3f}  {test_image} {test_label} | {training_image} {training_label}"
             )
-            print(line.format(**row))
+            print(line.format(**pair._asdict()))
     print()
-    groups = [{image["part"] for image in group} for group in check["identical"]]
-    where = f"{groups.count({'training'})} in the training images, {groups.count({'test'})} in the "
-    where += f"test images, {groups.count({'test', 'training'})} across both"
-    unlike = sum(len({image["label"] for image in group}) > 1 for group in check["identical"])
-    utils.say("exact", f"{len(groups)} groups of equal images: {where}; {unlike} of mixed labels")
-    copies, total = check["copies"], f"{summary['images']:,} test images"
-    trained = f"the {check['images_trained_on']:,} images trained on"
-    found = f"{copies:,} of {total} have a near-duplicate among {trained}"
-    if copies:
-        found += f"; accuracy on them {100 * check['accuracy_on_copies']:.2f} %"
+    across, unlike = (
+        sum(len({image[column] for image in group}) > 1 for group in check.identical)
+        for column in (0, 2)  # part, label
+    )
+    counts = f"{across} in both parts, {unlike} with different labels"
+    utils.say("exact", f"{len(check.identical)} groups of equal images, {counts}")
+    found = f"{len(check.copies):,} of {summary['images']:,} test images have a near-duplicate"
+    found += f" among the {check.trained:,} images trained on"
+    if check.copies:
+        found += f"; accuracy on them {100 * figures['accuracy_on_copies']:.2f} %"
     utils.say("copies", found)
-    if rest := check.get("without_copies"):
+    if rest := figures.get("without_copies"):
         low, high = (100 * x for x in rest["interval_95"])
         accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} %"
         interval = f"95 % interval {low:.2f} to {high:.2f} %"
@@ -706,12 +661,56 @@ def print_check(summary: dict) -> None:
             change = f"{100 * paired['difference']:+.2f} points without copies"
             utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
     utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
-    test, training = check["suspect_labels"].values()
-    counts = f"{test:,} test and {training:,} training labels have a probability below 1 %"
-    utils.say("suspect", f"{counts}: the most suspect first in suspect_labels.csv")
-    if check["threshold"] > data.COPY_SIMILARITY:
-        limit = f"copies begin at a similarity of {check['threshold']:.3f}, above the usual "
-        utils.say("note", f"{limit}{data.COPY_SIMILARITY}: here, other images are as alike")
+    counts = "{test:,} test and {training:,} training labels".format(**figures["suspect_labels"])
+    utils.say("suspect", f"{counts} have a probability below 1 %: see suspect_labels.csv")
+    if check.threshold > data.COPY_SIMILARITY:
+        usual = f"instead of {data.COPY_SIMILARITY}: other images are very similar too"
+        utils.say("note", f"copies are those with a similarity above {check.threshold:.3f} {usual}")
+
+
+def write_check(check: DataCheck | None, classes: list[str], folder: Path) -> None:
+    """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
+    with writing_into(folder), legible(classes) as shown:
+        for name in ("duplicates", "suspect_labels"):
+            for suffix in ("csv", "png"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        if check:
+            figures = {"duplicates": draw_copies(check, shown)}
+            if check.suspects:
+                figures["suspect_labels"] = draw_suspects(check, shown)
+            for name, figure in figures.items():
+                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            for name, row, rows in [
+                ("duplicates", Pair, check.copies),
+                ("suspect_labels", Suspect, check.suspects),
+            ]:
+                write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
+
+
+def draw_copies(check: DataCheck, shown: dict[str, str]) -> Figure:
+    """The 24 most similar pairs, the 12 just above the threshold, and the 12 just below it."""
+    tiles, captions = [], []
+    for pair in [*check.copies[:24], *check.copies[24:][-12:], *check.others]:
+        pixels, verdict = (
+            torch.stack(pair.pixels),
+            "copy" if pair.similarity > check.threshold else "no copy",
+        )
+        tiles.append(make_grid(pixels, padding=pixels.shape[-1] // 16, pad_value=255))
+        labels = f"test: {shown[pair.test_label]}\ntraining: {shown[pair.training_label]}"
+        captions.append(f"{verdict}, {pair.similarity:.3f}\n{labels}")
+    return draw_tiles(tiles, captions, columns=6, width=2)
+
+
+def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure:
+    """The 24 most suspect test images and the 24 most suspect training images."""
+    chosen = [x for x in check.suspects if x.part == "test"][:24]
+    chosen += [x for x in check.suspects if x.part == "training"][:24]
+    captions = [
+        f"{x.part}: {shown[x.label]}\nlikelier: {shown[x.likelier_label]}\n"
+        f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
+        for x in chosen
+    ]
+    return draw_tiles([x.pixels for x in chosen], captions, columns=6, width=2)
 
 
 # ---- files --------------------------------------------------------------------------------------
