@@ -6,13 +6,14 @@
     python evaluate.py --compare results/before     what changed since another evaluation
     python evaluate.py --results results/a0 results/a1 --compare results/b0 results/b1
                                                     two recipes, each trained with several seeds
+    python evaluate.py --check-data                 finds test images trained on, and wrong labels
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv, with --results only
 comparison.png and comparison.json. In predictions.csv, index counts the images from 0 in the order
-of the official test file, or those of a folder by class and name; label and predicted are class
+of the official test file, or those of a folder by class and name (file); label and predicted are class
 numbers, and confidence is the softmax of the predicted class. Rows of a confusion matrix are true
 classes, columns are predicted classes. Macro F1 is the mean over the classes with test images.
 """
@@ -28,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import seaborn as sns
@@ -58,6 +60,7 @@ DEVICE = "auto"  # where to compute ["auto", "cuda", "mps", "cpu"]
 TTA = False  # average the logits over each image and its mirror image: twice the time
 COMPARE = []  # results folder to compare with, image by image; of another recipe, one per seed
 RESULTS = []  # results folders, one per seed, to compare with COMPARE; no checkpoint is evaluated
+CHECK_DATA = False  # look for copies and wrong labels: runs over the training images too
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -142,30 +145,19 @@ class Result:
         self.most_confident = np.argsort(-self.confidence, kind="stable")  # indices of the images
 
 
-def read_test_images(classifier: Classifier, args: Namespace) -> tuple[Tensor, Result]:
+def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, Result]:
     """The images, those of a folder's val/ or held out from its train/, and their true classes.
 
     Raises UserError if they cannot be told from those trained on.
     """
-    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
-    settings.dataset = args.dataset or settings.dataset
-    if settings.dataset == "cifar100":
-        data.fetch_cifar100(args.data_dir)
-    holdout_per_class, kind = settings.holdout_per_class, "test images"
-    held_out = holdout_per_class > 0 and not data.has_test_images(settings.dataset)
-    part = "train" if held_out else "test"
-    data.require_memory(settings, [part], classifier.device)
-    split, classes = data.read_split(settings, part, classifier.classes)
-    dataset = data.identify(settings, split)
-    if classes != classifier.classes or (held_out and dataset != classifier.checkpoint["dataset"]):
-        raise utils.UserError(
-            f"{settings.dataset} is not what {classifier.path} was trained on: "
-            f"{classifier.checkpoint['dataset']}, {len(classifier.classes)} classes"
-        )
+    name, classes = args.dataset or classifier.constants["dataset"], classifier.classes
+    holdout_per_class, kind = classifier.constants["holdout_per_class"], "test images"
+    held_out = holdout_per_class > 0 and not data.has_test_images(name)
+    split, dataset = read_part(classifier, args, "train" if held_out else "test")
     if held_out:
         _, holdout = data.split_per_class(split.labels, holdout_per_class)
         split, kind = split.select(holdout), "hold-out images, because there is no val/"
-    utils.say("data", f"{settings.dataset}: {len(split.labels):,} {kind}")
+    utils.say("data", f"{name}: {len(split.labels):,} {kind}")
     selected = held_out or not holdout_per_class
     note = "these images were used neither to train nor to select the checkpoint"
     if selected:
@@ -173,14 +165,34 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[Tensor, R
     utils.say("note", note)
     labels, facts = split.labels.numpy(), {"images": len(split.labels), "dataset": dataset}
     facts["test_images_chose_checkpoint"] = selected
-    return split.images, Result(classes, labels, labels, np.ones(len(labels)), "", facts)
+    return split, Result(classes, labels, labels, np.ones(len(labels)), "", facts)
+
+
+def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.Split, str]:
+    """The images of a part, "train" or "test", and which they are, as data.identify() tells.
+
+    Downloads what is missing. Raises UserError if they are not those of the checkpoint.
+    """
+    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
+    settings.dataset = args.dataset or settings.dataset
+    data.fetch(settings)
+    data.require_memory(settings, [part], classifier.device)
+    split, classes = data.read_split(settings, part, classifier.classes)
+    dataset, expected = data.identify(settings, split), classifier.checkpoint["dataset"]
+    if classes != classifier.classes or (part == "train" and dataset != expected):
+        raise utils.UserError(
+            f"{settings.dataset} is not what {classifier.path} was trained on: "
+            f"{expected}, {len(classifier.classes)} classes"
+        )
+    return split, dataset
 
 
 def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Evaluates on the test images, writes everything, then prints; returns the picture to show."""
-    images, truth = read_test_images(classifier, args)
+    test, truth = read_test_images(classifier, args)
     others = [read_result(path, truth) for path in args.compare]
-    views = classifier.predict(images)
+    train = read_training_images(classifier, args) if args.check_data else None
+    views = classifier.predict(test.images)
     confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
     result = replace(truth, predicted=predicted, confidence=confidence, folder=args.results_dir)
     result.summary |= summarize(result, views, classifier)
@@ -188,11 +200,17 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
         result.summary["comparison"] = compare([result], others)
     options = {"target_names": result.classes, "labels": range(len(result.classes)), "digits": 4}
     report = metrics.classification_report(result.labels, predicted, zero_division=0, **options)
-    write_tables(result, report, folder)
-    write_pictures(result, images, others, folder)
+    check = check_data(classifier, train, test, views.mean(0).softmax(1)) if train else None
+    if check:
+        result.summary["data_check"] = summarize_check(check, result, others)
+    write_tables(result, report, test.files, folder)
+    write_pictures(result, test.images, others, folder)
+    write_check(check, folder)
     print_numbers(result, report)
     if others:
         print_comparison([result], others, result.summary["comparison"])
+    if check:
+        print_check(check, result.summary)
     utils.say("results", str(folder))
     return folder / "confusion_matrix.png"
 
@@ -330,10 +348,12 @@ def read_result(folder: str, like: Result | None = None) -> Result:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             _, *classes = next(csv.reader(file), ())
         path = Path(folder, "predictions.csv")
-        rows = path.read_text(encoding="utf-8").splitlines()[1:]
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            _, *rows = list(csv.reader(file)) or [()]
         if len(rows) != summary["images"]:
             raise ValueError(f"it has {len(rows):,} images, not {summary['images']:,}")
-        *numbers, confidence = np.loadtxt(rows, delimiter=",", ndmin=2).T
+        table = [",".join(row[:4]) for row in rows]  # without the names of files
+        *numbers, confidence = np.loadtxt(table, delimiter=",", ndmin=2).T
         indices, labels, predicted = (x.astype(int) for x in numbers)
         result = Result(classes, labels, predicted, confidence, folder, summary)
         dataset = (like := like or result).summary["dataset"]
@@ -491,6 +511,248 @@ def print_comparison(these: list[Result], others: list[Result], comparison: dict
         utils.say("verdict", f"this recipe is {'better' if low > 0 else 'worse'} than the other")
 
 
+# ---- copies and wrong labels --------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A test image and its likeliest copy: a row of duplicates.csv, and the pixels."""
+
+    test_image: str
+    training_image: str
+    similarity: float
+    test_label: str
+    training_label: str
+    same_label: bool
+    pixels: tuple[Tensor, Tensor]
+
+
+class Suspect(NamedTuple):
+    """An image whose label is probably wrong: a row of suspect_labels.csv, and the pixels."""
+
+    part: str
+    image: str
+    label: str
+    likelier_label: str
+    probability: float
+    likelier_probability: float
+    pixels: Tensor
+
+
+class DataCheck(NamedTuple):
+    """What --check-data finds."""
+
+    trained: int  # images trained on
+    identical: list[list[tuple]]  # groups of equal images: part, image and label of each
+    copies: list[Pair]  # more similar than the threshold, the most similar first
+    others: list[Pair]  # the next 12, which are no copies
+    threshold: float
+    copied: np.ndarray  # whether a test image has a copy (N,)
+    suspects: list[Suspect]  # test images, then training images; the most suspect first
+
+
+def check_data(
+    classifier: Classifier, train: data.Split, test: data.Split, probabilities: Tensor
+) -> DataCheck:
+    """Looks for copies of the test images among those trained on, and for wrong labels in both.
+
+    Test labels are judged by the network's probabilities (N, num_classes), training labels by heads
+    on its initial features, each head on images that it was not trained on.
+    """
+    classes, progress, test = classifier.classes, utils.on_terminal(), name_images(test)
+    network, images, features = load_initial_network(classifier), [], []
+    for split in (test, train):
+        images.append(split.images.to(classifier.device))
+        loader = data.EvalLoader(images[-1], *classifier.sizes)
+        features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
+    partner, similarity, threshold = data.find_copies(*images, *features, progress)
+    labels = train.labels.to(classifier.device)
+    heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress)
+    suspects = find_suspects("test", test, probabilities, classes)
+    suspects += find_suspects("training", train, heads.cpu(), classes)
+
+    pairs = []
+    for index in similarity.argsort(descending=True, stable=True).tolist():
+        other = partner[index].item()
+        names = test.files[index], train.files[other]
+        labels = classes[test.labels[index]], classes[train.labels[other]]
+        pixels = test.images[index], train.images[other]
+        alike = similarity[index].item()
+        pairs.append(Pair(*names, alike, *labels, labels[0] == labels[1], pixels))
+    copied = (similarity > threshold).cpu().numpy()
+    copies, others = pairs[: copied.sum()], pairs[copied.sum() :][:12]
+    identical = find_identical({"test": test, "training": train}, classes)
+    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
+
+
+def find_identical(parts: dict[str, data.Split], classes: list[str]) -> list[list[tuple]]:
+    """Groups of images with the same pixels: part, name and label of each."""
+    named = [
+        (part, name, classes[label])
+        for part, split in parts.items()
+        for name, label in zip(split.files, split.labels)
+    ]
+    groups = data.find_identical(*(split.images for split in parts.values()))
+    return [[named[number] for number in group] for group in groups]
+
+
+def find_suspects(
+    part: str, split: data.Split, probabilities: Tensor, classes: list[str]
+) -> list[Suspect]:
+    """Images whose label has a probability below 1 %, of probabilities (N, num_classes).
+
+    The lowest first: "self-confidence" of Northcutt et al. 2021, "Confident learning", arXiv
+    1911.00068. In folders of 1,000 pictures, 20 of them with a wrong label, 27 were below 1 %, 15
+    of the wrong ones among them.
+    """
+    own, best = probabilities.gather(1, split.labels[:, None])[:, 0], probabilities.max(1)
+    suspects = []
+    for index in own.argsort(stable=True)[: (own < 0.01).sum()].tolist():
+        names = split.files[index], classes[split.labels[index]], classes[best.indices[index]]
+        chances = own[index].item(), best.values[index].item()
+        suspects.append(Suspect(part, *names, *chances, split.images[index]))
+    return suspects
+
+
+def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
+    """The images that the checkpoint was trained on, named by file or by official index."""
+    split = name_images(read_part(classifier, args, "train")[0])
+    limits = [classifier.constants[name] for name in ("holdout_per_class", "train_per_class")]
+    trained, _ = data.split_per_class(split.labels, *limits)
+    return split.select(trained)
+
+
+def name_images(split: data.Split) -> data.Split:
+    """Images that are not in files of their own are named by their numbers."""
+    return split._replace(files=split.files or list(map(str, range(len(split.labels)))))
+
+
+def load_initial_network(classifier: Classifier) -> nn.Module:
+    """The network with the weights that training began with; without their file, as it is now.
+
+    Features that were trained on a wrong label agree with it, so that heads on them miss more. For
+    copies, the initial features are as good or better.
+    """
+    architecture, name = (classifier.constants[x] for x in ("architecture", "weights"))
+    path = resnet.find_weights(architecture, name)
+    if not path.is_file():
+        effect = "training labels that it has learnt by heart do not look wrong"
+        utils.say("note", f"no file of weights {name!r}: the network's own features, {effect}")
+        return classifier.model
+    with utils.explained_misfit(path, architecture):
+        weights = utils.load_safely(path, zip_only=False)
+        model = resnet.build_model(architecture, len(classifier.classes))
+        resnet.load_pretrained(model, weights.get("model", weights), with_head=False)
+    return model.to(classifier.device, memory_format=data.memory_format(classifier.device))
+
+
+def summarize_check(check: DataCheck, result: Result, others: list[Result]) -> dict:
+    """What metrics.json holds as "data_check"."""
+    correct, kept = result.correct, ~check.copied
+    parts = [suspect.part for suspect in check.suspects]
+    summary = {
+        "images_trained_on": check.trained,
+        "identical": check.identical,
+        "copies": len(check.copies),
+        "copies_with_another_label": sum(not pair.same_label for pair in check.copies),
+        "threshold": check.threshold,
+        "suspect_labels": {part: parts.count(part) for part in ("test", "training")},
+    }
+    if check.copies:
+        summary["accuracy_on_copies"] = correct[check.copied].mean()
+    if kept.any():
+        labels, predicted = result.labels[kept], result.predicted[kept]
+        matrix = metrics.confusion_matrix(labels, predicted, labels=range(len(result.classes)))
+        summary["without_copies"] = {
+            "images": len(labels),
+            "top1_accuracy": correct[kept].mean(),
+            "interval_95": bootstrap_intervals(matrix)["top1_accuracy"],
+        }
+        if others:
+            pair = (run.correct[None, kept] for run in (result, others[0]))
+            summary["without_copies"]["comparison"] = compare_accuracies(*pair)
+    return summary
+
+
+def print_check(check: DataCheck, summary: dict) -> None:
+    """Prints the accuracy without the test images that have copies, and what looks wrong."""
+    figures, differ = summary["data_check"], [x for x in check.copies if not x.same_label]
+    if differ:
+        print("\ncopies with another label: similarity, test image | training image")
+        for pair in differ[:10]:
+            images = "{test_image} {test_label} | {training_image} {training_label}"
+            print(f"{pair.similarity:8.3f}  {images}".format(**pair._asdict()))
+    print()
+    across, unlike = (
+        sum(len({image[column] for image in group}) > 1 for group in check.identical)
+        for column in (0, 2)  # part, label
+    )
+    counts = f"{across} in both parts, {unlike} with different labels"
+    utils.say("exact", f"{len(check.identical)} groups of equal images, {counts}")
+    found = f"{len(check.copies):,} of {summary['images']:,} test images have a near-duplicate"
+    found += f" among the {check.trained:,} images trained on"
+    if check.copies:
+        found += f"; accuracy on them {100 * figures['accuracy_on_copies']:.2f} %"
+    utils.say("copies", found)
+    if rest := figures.get("without_copies"):
+        low, high = (100 * x for x in rest["interval_95"])
+        accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} %"
+        interval = f"95 % interval {low:.2f} to {high:.2f} %"
+        utils.say("without", f"{accuracy} on the other {rest['images']:,}, {interval}")
+        if paired := rest.get("comparison"):
+            low, high = (100 * x for x in paired["difference_interval_95"])
+            change = f"{100 * paired['difference']:+.2f} points without copies"
+            utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
+    utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
+    counts = "{test:,} test and {training:,} training labels".format(**figures["suspect_labels"])
+    utils.say("suspect", f"{counts} have a probability below 1 %: see suspect_labels.csv")
+    if check.threshold > data.COPY_SIMILARITY:
+        usual = f"instead of {data.COPY_SIMILARITY}: other images are very similar too"
+        utils.say("note", f"copies are those with a similarity above {check.threshold:.3f} {usual}")
+
+
+def write_check(check: DataCheck | None, folder: Path) -> None:
+    """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
+    with writing_into(folder):
+        for name in ("duplicates", "suspect_labels"):
+            for suffix in ("csv", "png"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        if check:
+            figures = {"duplicates": draw_copies(check)}
+            if check.suspects:
+                figures["suspect_labels"] = draw_suspects(check)
+            for name, figure in figures.items():
+                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            for name, row, rows in [
+                ("duplicates", Pair, check.copies),
+                ("suspect_labels", Suspect, check.suspects),
+            ]:
+                write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
+
+
+def draw_copies(check: DataCheck) -> Figure:
+    """The 24 most similar pairs, the 12 just above the threshold, and the 12 just below it."""
+    tiles, captions = [], []
+    for pair in [*check.copies[:24], *check.copies[24:][-12:], *check.others]:
+        size = pair.pixels[0].shape[-1]
+        tiles.append(make_grid(torch.stack(pair.pixels), padding=size // 16, pad_value=255))
+        verdict = "copy" if pair.similarity > check.threshold else "no copy"
+        labels = f"test: {pair.test_label}\ntraining: {pair.training_label}"
+        captions.append(f"{verdict}, {pair.similarity:.3f}\n{labels}")
+    return draw_tiles(tiles, captions, columns=6, width=2)
+
+
+def draw_suspects(check: DataCheck) -> Figure:
+    """The 24 most suspect test images and the 24 most suspect training images."""
+    chosen = [x for x in check.suspects if x.part == "test"][:24]
+    chosen += [x for x in check.suspects if x.part == "training"][:24]
+    captions = [
+        f"{x.part}: {x.label}\nlikelier: {x.likelier_label}\n"
+        f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
+        for x in chosen
+    ]
+    return draw_tiles([x.pixels for x in chosen], captions, columns=6, width=2)
+
+
 # ---- tables and pictures ------------------------------------------------------------------------
 
 
@@ -512,7 +774,7 @@ def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
-def write_tables(result: Result, report: str, folder: Path) -> None:
+def write_tables(result: Result, report: str, files: Sequence[str], folder: Path) -> None:
     """Writes metrics.json, the report, the confusion matrix and the predictions."""
     with writing_into(folder):
         text = json.dumps(result.summary, indent=2) + "\n"
@@ -523,9 +785,11 @@ def write_tables(result: Result, report: str, folder: Path) -> None:
         write_csv(folder / "classification_report.csv", header, rows)
         rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
         write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
-        indices, header = range(len(result.labels)), ["index", "label", "predicted", "confidence"]
-        rows = zip(indices, result.labels, result.predicted, result.confidence)
-        write_csv(folder / "predictions.csv", header, rows)
+        columns = [range(len(result.labels)), result.labels, result.predicted, result.confidence]
+        header = ["index", "label", "predicted", "confidence"]
+        if files:
+            columns, header = [*columns, files], [*header, "file"]
+        write_csv(folder / "predictions.csv", header, zip(*columns))
 
 
 def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:

@@ -1,8 +1,10 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import get_model, get_model_weights, list_models
@@ -59,6 +61,14 @@ def download_weights(architecture: str, name: str) -> dict[str, Tensor]:
         ) from error
 
 
+def find_weights(architecture: str, name: str) -> Path:
+    """The file of WEIGHTS: torchvision's, once it is downloaded, or the path that name is."""
+    if name not in weight_names(architecture):
+        return Path(name)
+    url = get_model_weights(architecture)[name].url
+    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+
 def load_pretrained(model: nn.Module, weights: dict[str, Tensor], with_head: bool) -> None:
     """Loads weights in torchvision's layout, their own fc only with_head.
 
@@ -92,6 +102,46 @@ def extract_features(
     """The head's inputs (N, num_features), in eval mode, for the images of an EvalLoader."""
     backbone = nn.Sequential(*list(model.children())[:-1], nn.Flatten())
     return predict(backbone, loader, dtype, progress).to(model.fc[0].weight.dtype)
+
+
+def predict_out_of_fold(
+    features: Tensor, labels: Tensor, num_classes: int, progress: bool = False
+) -> Tensor:
+    """Probabilities (N, num_classes) of images by linear heads that did not train on them.
+
+    Softmax regression on standardized features (N, D), cross-validated in five folds. Their heads
+    are trained at the same time: an image adds to the loss of each but its own fold's.
+    """
+    folds, epochs, count, device = 5, 10, len(labels), labels.device
+    generator = torch.Generator().manual_seed(0)
+    fold = (torch.randperm(count, generator=generator) % folds).to(device)
+    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
+    heads = nn.Linear(features.shape[1], folds * num_classes, device=device)
+    for parameter in heads.parameters():
+        nn.init.zeros_(parameter)
+
+    def compute_logits(batch: Tensor) -> Tensor:
+        return heads((features[batch] - mean) / scale).unflatten(1, (folds, num_classes))
+
+    batch_size = min(500, max(10, count // 10))
+    optimizer = torch.optim.AdamW(heads.parameters(), 2e-3)
+    steps = epochs * -(-count // batch_size)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    bar = tqdm(range(epochs), "judge labels", unit="epoch", leave=False, disable=not progress)
+    for _ in bar:
+        for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
+            targets = labels[batch, None].expand(-1, folds)
+            logits = compute_logits(batch).transpose(1, 2)
+            losses = F.cross_entropy(logits, targets, reduction="none")  # (B, folds)
+            others = fold[batch, None] != torch.arange(folds, device=device)
+            (losses * others).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    with torch.inference_mode():
+        batches = torch.arange(count, device=device).split(4096)
+        logits = [compute_logits(x)[torch.arange(len(x), device=device), fold[x]] for x in batches]
+        return torch.cat(logits).softmax(1)
 
 
 def freeze_stages(model: nn.Module, count: int) -> None:

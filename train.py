@@ -439,10 +439,24 @@ def make_loaders(
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
+    if this.rank == 0 and args.dataset not in data.BUILT_IN:
+        warn_of_copies(train_split, val_split)
     train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
     val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.val_batch_size, args.image_size)
     return train_loader, val_loader, val_split.labels, facts
+
+
+def warn_of_copies(train_split: data.Split, val_split: data.Split) -> None:
+    """Names the first validation picture that has the pixels of a training picture, if any has."""
+    count, files = len(train_split.labels), [*train_split.files, *val_split.files]
+    groups = data.find_identical(train_split.images, val_split.images)
+    across = [group for group in groups if group[0] < count <= group[-1]]
+    if across:
+        copies = sum(index >= count for group in across for index in group)
+        example = f"{files[across[0][-1]]} is {files[across[0][0]]}"
+        found = f"{copies:,} of {len(val_split.labels):,} validation pictures are training pictures"
+        utils.say("note", f"{found} too, pixel for pixel: {example}, for example")
 
 
 def make_model(

@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained, tmp_path_factory):
     """The same with its last layer fitted by scikit-learn: right and wrong in many ways."""
-    state, (images, labels) = (
+    state, (images, labels, _) = (
         torch.load(trained),
         data.read_digits("train")[0].select(torch.arange(300)),
     )

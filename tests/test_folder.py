@@ -21,7 +21,7 @@ SIZE = ["--stored-size", "40"]
 
 def write_pictures(folder: Path, split: data.Split, names: list[str]) -> Path:
     """Writes each image as a PNG into the sub-folder of its class; file names sort as images do."""
-    for index, (image, label) in enumerate(zip(*split)):
+    for index, (image, label) in enumerate(zip(split.images, split.labels)):
         path = folder / names[label] / f"{index:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
