@@ -88,6 +88,10 @@ class Split(NamedTuple):
         files = [self.files[index] for index in chosen]
         return Split(self.images[indices], self.labels[indices], files)
 
+    def named(self) -> "Split":
+        """The same, with the numbers of the images for names where there are no files."""
+        return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
+
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device), self.files)
 

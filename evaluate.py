@@ -10,9 +10,9 @@
 It computes as train.py validated: image size, batch size, precision and data set are those stored
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv. In predictions.csv,
-index counts the images from 0 in the order of the official test file, or those of a folder by class
-and name (file); label and predicted are class numbers, and confidence is the softmax of the predicted
-class. Rows of a confusion matrix are true classes, columns are predicted classes.
+index counts the images from 0 in the order of the official test file, or those of a folder, which
+file names, by class and name; label and predicted are class numbers, and confidence is the softmax
+of the predicted class. Rows of a confusion matrix are true classes, columns are predicted classes.
 """
 
 import csv
@@ -517,8 +517,7 @@ def check_data(classifier: Classifier, train: data.Split, result: Result) -> Dat
     head on images that it was not trained on.
     """
     classes, progress = result.classes, utils.on_terminal()
-    names = result.files or list(map(str, range(len(result.labels))))
-    test = data.Split(result.images, torch.from_numpy(result.labels), names)
+    test = data.Split(result.images, torch.from_numpy(result.labels), result.files).named()
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
         images.append(split.images.to(classifier.device))
@@ -527,32 +526,27 @@ def check_data(classifier: Classifier, train: data.Split, result: Result) -> Dat
     partner, similarity, threshold = data.find_copies(*images, *features, progress)
     labels = train.labels.to(classifier.device)
     heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress)
-    suspects = find_suspects("test", test, result.views.mean(0).softmax(1), classes)
+    suspects = find_suspects("test", test, result.views.mean(0).double().softmax(1), classes)
     suspects += find_suspects("training", train, heads.cpu(), classes)
 
+    partner, similarity = partner.tolist(), similarity.cpu().numpy()
     pairs = []
-    for index in similarity.argsort(descending=True, stable=True).tolist():
-        other = partner[index].item()
-        names = test.files[index], train.files[other]
+    for index in np.argsort(-similarity, kind="stable"):
+        other = partner[index]
+        names, alike = (test.files[index], train.files[other]), similarity[index].item()
         labels = classes[test.labels[index]], classes[train.labels[other]]
         pixels = test.images[index], train.images[other]
-        alike = similarity[index].item()
         pairs.append(Pair(*names, alike, *labels, labels[0] == labels[1], pixels))
-    copied = (similarity > threshold).cpu().numpy()
+    copied = similarity > threshold
     copies, others = pairs[: copied.sum()], pairs[copied.sum() :][:12]
-    identical = find_identical({"test": test, "training": train}, classes)
-    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
-
-
-def find_identical(parts: dict[str, data.Split], classes: list[str]) -> list[list[tuple]]:
-    """Groups of images with the same pixels: part, name and label of each."""
     named = [
         (part, name, classes[label])
-        for part, split in parts.items()
-        for name, label in zip(split.files, split.labels)
+        for part, split in (("test", test), ("training", train))
+        for name, label in zip(split.files, split.labels.tolist())
     ]
-    groups = data.find_identical(*(split.images for split in parts.values()))
-    return [[named[number] for number in group] for group in groups]
+    groups = data.find_identical(test.images, train.images)
+    identical = [[named[number] for number in group] for group in groups]
+    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
 
 
 def find_suspects(
@@ -576,10 +570,9 @@ def find_suspects(
 def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
     """The images that the checkpoint was trained on, named by file or by official index."""
     split, _ = read_part(classifier, args, "train")
-    split = split._replace(files=split.files or list(map(str, range(len(split.labels)))))
     limits = [classifier.constants[name] for name in ("holdout_per_class", "train_per_class")]
     trained, _ = data.split_per_class(split.labels, *limits)
-    return split.select(trained)
+    return split.named().select(trained)
 
 
 def load_initial_network(classifier: Classifier) -> nn.Module:
@@ -634,11 +627,8 @@ def print_check(check: DataCheck, summary: dict) -> None:
     figures, differ = summary["data_check"], [x for x in check.copies if not x.same_label]
     if differ:
         print("\ncopies with another label: similarity, test image | training image")
-        for pair in differ[:10]:
-            line = (
-                "{similarity:8.3f}  {test_image} {test_label} | {training_image} {training_label}"
-            )
-            print(line.format(**pair._asdict()))
+        for name, other, similarity, label, other_label, *_ in differ[:10]:
+            print(f"{similarity:8.3f}  {name} {label} | {other} {other_label}")
     print()
     across, unlike = (
         sum(len({image[column] for image in group}) > 1 for group in check.identical)
@@ -660,7 +650,8 @@ def print_check(check: DataCheck, summary: dict) -> None:
             low, high = (100 * x for x in paired["difference_interval_95"])
             change = f"{100 * paired['difference']:+.2f} points without copies"
             utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
-    utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
+    if differ:
+        utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
     counts = "{test:,} test and {training:,} training labels".format(**figures["suspect_labels"])
     utils.say("suspect", f"{counts} have a probability below 1 %: see suspect_labels.csv")
     if check.threshold > data.COPY_SIMILARITY:
@@ -670,39 +661,33 @@ def print_check(check: DataCheck, summary: dict) -> None:
 
 def write_check(check: DataCheck | None, classes: list[str], folder: Path) -> None:
     """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
+    names = "duplicates", "suspect_labels"
     with writing_into(folder), legible(classes) as shown:
-        for name in ("duplicates", "suspect_labels"):
-            for suffix in ("csv", "png"):
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        for path in [folder / f"{name}.{suffix}" for name in names for suffix in ("csv", "png")]:
+            path.unlink(missing_ok=True)
         if check:
-            figures = {"duplicates": draw_copies(check, shown)}
-            if check.suspects:
-                figures["suspect_labels"] = draw_suspects(check, shown)
-            for name, figure in figures.items():
-                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-            for name, row, rows in [
-                ("duplicates", Pair, check.copies),
-                ("suspect_labels", Suspect, check.suspects),
-            ]:
+            figures = draw_copies(check, shown), draw_suspects(check, shown)
+            tables = (Pair, check.copies), (Suspect, check.suspects)
+            for name, (row, rows), figure in zip(names, tables, figures):
                 write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
+                if figure:
+                    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
 def draw_copies(check: DataCheck, shown: dict[str, str]) -> Figure:
     """The 24 most similar pairs, the 12 just above the threshold, and the 12 just below it."""
     tiles, captions = [], []
     for pair in [*check.copies[:24], *check.copies[24:][-12:], *check.others]:
-        pixels, verdict = (
-            torch.stack(pair.pixels),
-            "copy" if pair.similarity > check.threshold else "no copy",
-        )
-        tiles.append(make_grid(pixels, padding=pixels.shape[-1] // 16, pad_value=255))
+        padding = pair.pixels[0].shape[-1] // 16
+        tiles.append(make_grid(torch.stack(pair.pixels), padding=padding, pad_value=255))
+        verdict = "copy" if pair.similarity > check.threshold else "no copy"
         labels = f"test: {shown[pair.test_label]}\ntraining: {shown[pair.training_label]}"
         captions.append(f"{verdict}, {pair.similarity:.3f}\n{labels}")
     return draw_tiles(tiles, captions, columns=6, width=2)
 
 
-def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure:
-    """The 24 most suspect test images and the 24 most suspect training images."""
+def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure | None:
+    """The 24 most suspect test images and the 24 most suspect training images, if there are any."""
     chosen = [x for x in check.suspects if x.part == "test"][:24]
     chosen += [x for x in check.suspects if x.part == "training"][:24]
     captions = [
@@ -710,7 +695,8 @@ def draw_suspects(check: DataCheck, shown: dict[str, str]) -> Figure:
         f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
         for x in chosen
     ]
-    return draw_tiles([x.pixels for x in chosen], captions, columns=6, width=2)
+    tiles = [x.pixels for x in chosen]
+    return draw_tiles(tiles, captions, columns=6, width=2) if tiles else None
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""evaluate.py --check-data: made copies, near misses, planted faults, its files; train.py's line."""
+"""evaluate.py --check-data: made copies, near misses, planted faults, files; train.py's line."""
 
 import csv
 import json
@@ -350,18 +350,6 @@ def test_pictures_show_the_pairs_and_the_suspects(planted):
             assert min(picture.size) > 250
 
 
-def test_files_of_an_earlier_check_are_removed(planted, tmp_path):
-    shutil.copytree(planted.folder, tmp_path, dirs_exist_ok=True)
-    flags = ["--compare", "before", "--no-show"]
-    shutil.move(tmp_path / "results", tmp_path / "before")
-    shutil.copytree(tmp_path / "before", tmp_path / "results")
-    script = run_script("evaluate.py", *flags, cwd=tmp_path)
-    assert script.status == 0, script.stderr
-    names = {path.stem for path in (tmp_path / "results").iterdir()}
-    assert "predictions" in names and not names & {"duplicates", "suspect_labels"}
-    assert "data_check" not in json.loads((tmp_path / "results/metrics.json").read_text())
-
-
 # ---- a checkpoint of part of the training images ------------------------------------------------
 
 
@@ -481,18 +469,21 @@ def test_training_on_a_folder_without_copies_says_nothing_of_them(capsys):
     assert capsys.readouterr().out == f"{line}98.png is 98.png, for example\n"
 
 
-def test_results_of_a_folder_with_any_file_names_can_be_compared(planted, tmp_path):
+def test_any_file_names_can_be_compared_and_an_earlier_check_is_removed(planted, tmp_path):
     shutil.copytree(planted.folder, tmp_path, dirs_exist_ok=True)
     one, two, three = sorted((tmp_path / "photos/val/4").iterdir())[:3]
     one.rename(one.with_name("0, a #1 'b'.png"))
     two.rename(two.with_name('0 "c".png'))
     os.rename(os.fsencode(three), os.fsencode(three.parent) + b"/00 caf\xe9.png")
-    for name in ("before", "after"):
-        compare = ["--compare", "before"] if name == "after" else []
-        flags = ["--no-show", "--results-dir", name, *compare]
-        script = run_script("evaluate.py", *flags, cwd=tmp_path)
+    shutil.copytree(tmp_path / "results", tmp_path / "before")
+    for flags in (["--results-dir", "before"], ["--compare", "before"]):
+        script = run_script("evaluate.py", "--no-show", *flags, cwd=tmp_path)
         assert script.status == 0, script.stderr
-    with open(tmp_path / "after/predictions.csv", errors="surrogateescape", newline="") as file:
+    with open(tmp_path / "results/predictions.csv", errors="surrogateescape", newline="") as file:
         names = [row["file"] for row in csv.DictReader(file)]
     for name in ("0, a #1 'b'.png", '0 "c".png', os.fsdecode(b"00 caf\xe9.png")):
         assert f"val/4/{name}" in names
+    for results in ("before", "results"):  # what the first check left is gone
+        files = {path.stem for path in (tmp_path / results).iterdir()}
+        assert "predictions" in files and not files & {"duplicates", "suspect_labels"}
+        assert "data_check" not in json.loads((tmp_path / results / "metrics.json").read_text())
