@@ -76,6 +76,17 @@ CLASSES = sorted(sum(SUPERCLASSES.values(), ()))  # label i means CLASSES[i]
 BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
 
 
+def by_superclass(matrix: np.ndarray) -> np.ndarray:
+    """A confusion matrix of CIFAR-100 with the five classes of each superclass side by side."""
+    order = [CLASSES.index(name) for name in chain(*SUPERCLASSES.values())]
+    return matrix[np.ix_(order, order)]
+
+
+def count_superclasses(grouped: np.ndarray) -> np.ndarray:
+    """Confusion matrix (20, 20) of the superclasses from one that by_superclass() returned."""
+    return grouped.reshape(20, 5, 20, 5).sum((1, 3))
+
+
 class Split(NamedTuple):
     """Images uint8 (N, 3, S, S), S pixels per side as stored, with their labels int64 (N,)."""
 
@@ -87,6 +98,10 @@ class Split(NamedTuple):
         chosen = torch.arange(len(self.labels))[indices].tolist() if self.files else ()
         files = [self.files[index] for index in chosen]
         return Split(self.images[indices], self.labels[indices], files)
+
+    def named(self) -> "Split":
+        """The same, with the numbers of the images for names where there are no files."""
+        return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device), self.files)
@@ -365,6 +380,25 @@ def read_picture(path: str | Path, size: int) -> Tensor:
         if image.mode.startswith("I"):  # 16 bits per pixel, which convert("RGB") would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+
+
+def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
+    """Pictures from files and folders, centre-cropped and resized: uint8 (N, 3, size, size).
+
+    Files that are not pictures are named on stderr. Raises UserError if there is no other.
+    """
+    files, images = [], []
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            try:
+                if not file.is_dir():
+                    images.append(read_picture(file, size))
+                    files.append(file)
+            except Exception as error:  # noqa: BLE001, its type depends on what is wrong with it
+                print(f"skipped  {file}: {error}", file=sys.stderr)
+    if not files:
+        raise DataError(f"No picture among {', '.join(paths)}. Name image files, or folders")
+    return files, torch.stack(images)
 
 
 def split_per_class(

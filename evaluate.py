@@ -13,15 +13,15 @@ It computes as train.py validated: image size, batch size, precision and data se
 in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
 pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv, with --results only
 comparison.png and comparison.json. In predictions.csv, index counts the images from 0 in the order
-of the official test file, or those of a folder by class and name (file); label and predicted are class
-numbers, and confidence is the softmax of the predicted class. Rows of a confusion matrix are true
-classes, columns are predicted classes. Macro F1 is the mean over the classes with test images.
+of the official test file, or those of a folder, which file names, by class and name; label and
+predicted are class numbers, and confidence is the softmax of the predicted class. Rows of a
+confusion matrix are true classes, columns are predicted classes. Macro F1 is the mean over the
+classes with test images.
 """
 
 import csv
 import json
 import logging
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,11 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     if utils.this_process().rank:
         return  # under torchrun the first process evaluates
     args = utils.parse_flags(__file__, argv)
-    folder, sides = Path(args.results_dir), (len(args.results) or 1, len(args.compare))
-    overwritten = folder.resolve() in [Path(path).resolve() for path in args.compare]
-    if (args.results or args.compare) and (overwritten or min(sides) < min(2, max(sides))):
-        expected = "one folder, not --results-dir, or at least two each in --results and --compare"
-        utils.refuse_flag("compare", args.compare, expected)
+    folder = Path(args.results_dir)
+    if args.results or args.compare:
+        runs, others = len(args.results) or 1, len(args.compare)
+        overwritten = folder.resolve() in [Path(path).resolve() for path in args.compare]
+        if overwritten or not (runs == others == 1 or min(runs, others) > 1):
+            expected = "one folder, not --results-dir, or two or more like --results"
+            utils.refuse_flag("compare", args.compare, expected)
     if args.results:
         picture = compare_results(args, folder)
     else:
@@ -230,11 +232,11 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
         **{name: checkpoint[name] for name in ("epoch", "precision", "constants")},
-        "history": read_history(classifier.path, checkpoint["history"]),
+        "history": utils.read_history(classifier.path, checkpoint["history"]),
     }
     if result.classes == data.CLASSES:
-        summary["superclass_accuracy"] = count_superclasses(
-            by_superclass(result.matrix)
+        summary["superclass_accuracy"] = data.count_superclasses(
+            data.by_superclass(result.matrix)
         ).trace() / len(labels)
     if classifier.tta:
         summary["without_tta"] = score(views[0], labels)
@@ -254,17 +256,6 @@ def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) 
     """Precision, recall, F1 (3, ..., num_classes) from counts of images; nothing / nothing = 0."""
     f1 = 2 * correct / (true + predicted).clip(1)
     return np.stack([correct / predicted.clip(1), correct / true.clip(1), f1])
-
-
-def by_superclass(matrix: np.ndarray) -> np.ndarray:
-    """A confusion matrix of CIFAR-100 with the five classes of each superclass side by side."""
-    order = [data.CLASSES.index(name) for name in chain(*data.SUPERCLASSES.values())]
-    return matrix[np.ix_(order, order)]
-
-
-def count_superclasses(grouped: np.ndarray) -> np.ndarray:
-    """Confusion matrix (20, 20) of the superclasses from one that by_superclass() returned."""
-    return grouped.reshape(20, 5, 20, 5).sum((1, 3))
 
 
 def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
@@ -558,7 +549,7 @@ def check_data(
     Test labels are judged by the network's probabilities (N, num_classes), training labels by heads
     on its initial features, each head on images that it was not trained on.
     """
-    classes, progress, test = classifier.classes, utils.on_terminal(), name_images(test)
+    classes, progress, test = classifier.classes, utils.on_terminal(), test.named()
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
         images.append(split.images.to(classifier.device))
@@ -570,29 +561,24 @@ def check_data(
     suspects = find_suspects("test", test, probabilities, classes)
     suspects += find_suspects("training", train, heads.cpu(), classes)
 
+    partner, similarity = partner.tolist(), similarity.cpu().numpy()
     pairs = []
-    for index in similarity.argsort(descending=True, stable=True).tolist():
-        other = partner[index].item()
-        names = test.files[index], train.files[other]
+    for index in np.argsort(-similarity, kind="stable"):
+        other = partner[index]
+        names, alike = (test.files[index], train.files[other]), similarity[index].item()
         labels = classes[test.labels[index]], classes[train.labels[other]]
         pixels = test.images[index], train.images[other]
-        alike = similarity[index].item()
         pairs.append(Pair(*names, alike, *labels, labels[0] == labels[1], pixels))
-    copied = (similarity > threshold).cpu().numpy()
+    copied = similarity > threshold
     copies, others = pairs[: copied.sum()], pairs[copied.sum() :][:12]
-    identical = find_identical({"test": test, "training": train}, classes)
-    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
-
-
-def find_identical(parts: dict[str, data.Split], classes: list[str]) -> list[list[tuple]]:
-    """Groups of images with the same pixels: part, name and label of each."""
     named = [
         (part, name, classes[label])
-        for part, split in parts.items()
-        for name, label in zip(split.files, split.labels)
+        for part, split in (("test", test), ("training", train))
+        for name, label in zip(split.files, split.labels.tolist())
     ]
-    groups = data.find_identical(*(split.images for split in parts.values()))
-    return [[named[number] for number in group] for group in groups]
+    groups = data.find_identical(test.images, train.images)
+    identical = [[named[number] for number in group] for group in groups]
+    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
 
 
 def find_suspects(
@@ -615,15 +601,10 @@ def find_suspects(
 
 def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
     """The images that the checkpoint was trained on, named by file or by official index."""
-    split = name_images(read_part(classifier, args, "train")[0])
+    split, _ = read_part(classifier, args, "train")
     limits = [classifier.constants[name] for name in ("holdout_per_class", "train_per_class")]
     trained, _ = data.split_per_class(split.labels, *limits)
-    return split.select(trained)
-
-
-def name_images(split: data.Split) -> data.Split:
-    """Images that are not in files of their own are named by their numbers."""
-    return split._replace(files=split.files or list(map(str, range(len(split.labels)))))
+    return split.named().select(trained)
 
 
 def load_initial_network(classifier: Classifier) -> nn.Module:
@@ -678,9 +659,8 @@ def print_check(check: DataCheck, summary: dict) -> None:
     figures, differ = summary["data_check"], [x for x in check.copies if not x.same_label]
     if differ:
         print("\ncopies with another label: similarity, test image | training image")
-        for pair in differ[:10]:
-            images = "{test_image} {test_label} | {training_image} {training_label}"
-            print(f"{pair.similarity:8.3f}  {images}".format(**pair._asdict()))
+        for name, other, similarity, label, other_label, *_ in differ[:10]:
+            print(f"{similarity:8.3f}  {name} {label} | {other} {other_label}")
     print()
     across, unlike = (
         sum(len({image[column] for image in group}) > 1 for group in check.identical)
@@ -702,7 +682,8 @@ def print_check(check: DataCheck, summary: dict) -> None:
             low, high = (100 * x for x in paired["difference_interval_95"])
             change = f"{100 * paired['difference']:+.2f} points without copies"
             utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
-    utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
+    if differ:
+        utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
     counts = "{test:,} test and {training:,} training labels".format(**figures["suspect_labels"])
     utils.say("suspect", f"{counts} have a probability below 1 %: see suspect_labels.csv")
     if check.threshold > data.COPY_SIMILARITY:
@@ -712,37 +693,33 @@ def print_check(check: DataCheck, summary: dict) -> None:
 
 def write_check(check: DataCheck | None, folder: Path) -> None:
     """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
+    names = "duplicates", "suspect_labels"
     with writing_into(folder):
-        for name in ("duplicates", "suspect_labels"):
-            for suffix in ("csv", "png"):
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+        for path in [folder / f"{name}.{suffix}" for name in names for suffix in ("csv", "png")]:
+            path.unlink(missing_ok=True)
         if check:
-            figures = {"duplicates": draw_copies(check)}
-            if check.suspects:
-                figures["suspect_labels"] = draw_suspects(check)
-            for name, figure in figures.items():
-                figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-            for name, row, rows in [
-                ("duplicates", Pair, check.copies),
-                ("suspect_labels", Suspect, check.suspects),
-            ]:
+            figures = draw_copies(check), draw_suspects(check)
+            tables = (Pair, check.copies), (Suspect, check.suspects)
+            for name, (row, rows), figure in zip(names, tables, figures):
                 write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
+                if figure:
+                    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
 def draw_copies(check: DataCheck) -> Figure:
     """The 24 most similar pairs, the 12 just above the threshold, and the 12 just below it."""
     tiles, captions = [], []
     for pair in [*check.copies[:24], *check.copies[24:][-12:], *check.others]:
-        size = pair.pixels[0].shape[-1]
-        tiles.append(make_grid(torch.stack(pair.pixels), padding=size // 16, pad_value=255))
+        padding = pair.pixels[0].shape[-1] // 16
+        tiles.append(make_grid(torch.stack(pair.pixels), padding=padding, pad_value=255))
         verdict = "copy" if pair.similarity > check.threshold else "no copy"
         labels = f"test: {pair.test_label}\ntraining: {pair.training_label}"
         captions.append(f"{verdict}, {pair.similarity:.3f}\n{labels}")
     return draw_tiles(tiles, captions, columns=6, width=2)
 
 
-def draw_suspects(check: DataCheck) -> Figure:
-    """The 24 most suspect test images and the 24 most suspect training images."""
+def draw_suspects(check: DataCheck) -> Figure | None:
+    """The 24 most suspect test images and the 24 most suspect training images, if there are any."""
     chosen = [x for x in check.suspects if x.part == "test"][:24]
     chosen += [x for x in check.suspects if x.part == "training"][:24]
     captions = [
@@ -750,7 +727,8 @@ def draw_suspects(check: DataCheck) -> Figure:
         f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
         for x in chosen
     ]
-    return draw_tiles([x.pixels for x in chosen], captions, columns=6, width=2)
+    tiles = [x.pixels for x in chosen]
+    return draw_tiles(tiles, captions, columns=6, width=2) if tiles else None
 
 
 # ---- tables and pictures ------------------------------------------------------------------------
@@ -798,12 +776,13 @@ def write_pictures(result: Result, images: Tensor, others: list[Result], folder:
     names, matrix, groups = result.classes, result.matrix, []
     if names == data.CLASSES:
         names, groups = [*chain(*data.SUPERCLASSES.values())], list(data.SUPERCLASSES)
-        matrix = by_superclass(matrix)
+        matrix = data.by_superclass(matrix)
     figures = {
         "confusion_matrix": draw_matrix(matrix, names, groups),
         "per_class": draw_f1(result),
         "reliability": draw_reliability(result),
-        "superclass_confusion_matrix": groups and draw_matrix(count_superclasses(matrix), groups),
+        "superclass_confusion_matrix": groups
+        and draw_matrix(data.count_superclasses(matrix), groups),
         "comparison": others and draw_comparison([result], others, summary["comparison"]),
         "most_confused": result.pairs and draw_pairs(result, images),
         "mistakes": result.pairs and draw_mistakes(result, images),
@@ -948,16 +927,6 @@ def draw_reliability(result: Result) -> Figure:
     return figure
 
 
-def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
-    """The history in a checkpoint, or history.csv beside it where that continues it."""
-    try:
-        with open(checkpoint.with_name("history.csv"), encoding="utf-8", newline="") as file:
-            rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
-        return own
-    return rows if own and rows[: len(own)] == own else own
-
-
 def draw_curves(summary: dict) -> Figure:
     """Loss, accuracy and learning rate by epoch; marks the best epoch."""
     history, watch = summary["history"], summary["constants"]["watch"]
@@ -1028,7 +997,7 @@ def open_window(path: Path) -> None:
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Writes and prints the five most likely classes of the user's pictures, draws the first 24."""
-    files, images = read_pictures(args.images, classifier.constants["stored_size"] or 32)
+    files, images = data.read_pictures(args.images, classifier.constants["stored_size"] or 32)
     probabilities, classes = classifier.predict(images).mean(0).softmax(1), classifier.classes
     top5 = probabilities.topk(min(5, len(classes)))
     rows = zip(top5.indices.tolist(), top5.values.tolist())
@@ -1046,25 +1015,6 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     seen = f"the first {len(titles)} as the network sees them"
     utils.say("results", f"{table}; {picture}: {seen}")
     return picture
-
-
-def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
-    """Pictures from files and folders, centre-cropped and resized: uint8 (N, 3, size, size).
-
-    Files that are not pictures are named on stderr. Raises UserError if there is no other.
-    """
-    files, images = [], []
-    for path in map(Path, paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            try:
-                if not file.is_dir():
-                    images.append(data.read_picture(file, size))
-                    files.append(file)
-            except Exception as error:  # noqa: BLE001, its type depends on what is wrong with it
-                print(f"skipped  {file}: {error}", file=sys.stderr)
-    if not files:
-        raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
-    return files, torch.stack(images)
 
 
 if __name__ == "__main__":

@@ -461,6 +461,16 @@ def save_run(
         _note_what_is_safe(folder / "last.pt", history)
 
 
+def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
+    """The history in a checkpoint, or history.csv beside it where that continues it."""
+    try:
+        with open(checkpoint.with_name("history.csv"), encoding="utf-8", newline="") as file:
+            rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
+        return own
+    return rows if own and rows[: len(own)] == own else own
+
+
 def load_safely(path: str | Path, zip_only: bool = True) -> object:
     """torch.load onto the CPU, after the checks it lacks; runs no code from the file.
 

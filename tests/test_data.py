@@ -271,7 +271,7 @@ def test_processes_validate_on_every_image_once_with_its_label():
         )
         assert len(shares[-1]) == len(labels) == len(loader.images) == 120
     test, _ = data.read_digits("test")
-    everything = {image.numpy().tobytes(): label for image, label in zip(*test)}
+    everything = {image.numpy().tobytes(): label for image, label in zip(test.images, test.labels)}
     assert shares[0] | shares[1] | shares[2] == everything and len(everything) == 360
 
 

@@ -207,8 +207,8 @@ def test_superclass_matrix_agrees_with_the_official_coarse_labels():
     expected = np.zeros((20, 20), int)
     np.add.at(expected, (coarse, np.roll(coarse, 1)), 1)  # each predicted as its neighbour is
     result = as_result(fine, np.roll(fine, 1), data.CLASSES)
-    grouped = evaluate.by_superclass(result.matrix)
-    assert (evaluate.count_superclasses(grouped) == expected).all()
+    grouped = data.by_superclass(result.matrix)
+    assert (data.count_superclasses(grouped) == expected).all()
 
 
 # ---- the script ---------------------------------------------------------------------------------
@@ -285,13 +285,13 @@ def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_pa
     best, history = tmp_path / "best.pt", tmp_path / "history.csv"
     longer, other = ([{"epoch": 1, "val_loss": x}, {"epoch": 2, "val_loss": 0.5}] for x in (1, 0.7))
     history.write_text("epoch,val_loss\n1,1.0\n2,0.5\n")
-    assert evaluate.read_history(best, longer[:1]) == longer
-    assert evaluate.read_history(best, other[:1]) == other[:1]
+    assert utils.read_history(best, longer[:1]) == longer
+    assert utils.read_history(best, other[:1]) == other[:1]
     for damaged in (b"epoch,val_loss\n1,half\n", bytes(200_000), b"epoch,val_loss\n1,\xff\n"):
         history.write_bytes(damaged)
-        assert evaluate.read_history(best, other) == other
+        assert utils.read_history(best, other) == other
     history.unlink()
-    assert evaluate.read_history(best, other) == other
+    assert utils.read_history(best, other) == other
 
 
 def test_a_results_folder_that_cannot_be_written_is_one_message(checkpoint, tmp_path):
@@ -508,8 +508,8 @@ def test_pictures_are_classified_as_the_evaluation_does(checkpoint, results, pic
 
 
 def test_no_picture_at_all_is_one_message(pictures):
-    with pytest.raises(utils.UserError, match="No picture among .*broken.jpg"):
-        evaluate.read_pictures([str(pictures / "broken.jpg")], 32)
+    with pytest.raises(data.DataError, match="No picture among .*broken.jpg"):
+        data.read_pictures([str(pictures / "broken.jpg")], 32)
 
 
 def test_a_photo_is_cropped_to_its_centre(tmp_path):
@@ -517,7 +517,7 @@ def test_a_photo_is_cropped_to_its_centre(tmp_path):
     for channel in range(3):
         stripes[:, 64 * channel : 64 * (channel + 1), channel] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    _, images = evaluate.read_pictures([str(tmp_path / "stripes.png")], 32)
+    _, images = data.read_pictures([str(tmp_path / "stripes.png")], 32)
     assert images.shape == (1, 3, 32, 32)
     assert images[0].float().mean((1, 2)).tolist() == pytest.approx([0, 255, 0], abs=2)
 
