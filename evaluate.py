@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         runs, others = len(args.results) or 1, len(args.compare)
         overwritten = folder.resolve() in [Path(path).resolve() for path in args.compare]
         if overwritten or not (runs == others == 1 or min(runs, others) > 1):
-            expected = "one folder, not --results-dir, or two or more like --results"
-            utils.refuse_flag("compare", args.compare, expected)
+            expected = "one folder, not --results-dir, or at least two each in --results and "
+            utils.refuse_flag("compare", args.compare, f"{expected}--compare")
     if args.results:
         picture = compare_results(args, folder)
     else:
