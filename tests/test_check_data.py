@@ -181,7 +181,7 @@ def test_no_head_predicts_an_image_that_it_trained_on():
     labels = torch.arange(200) % 4
     probabilities = resnet.predict_out_of_fold(torch.eye(200), labels, 4)
     assert probabilities.sum(1) == pytest.approx(torch.ones(200).numpy(), abs=1e-5)
-    assert probabilities[range(200), labels].max() < 0.5
+    assert probabilities[range(200), labels].max() < 0.37
 
 
 def test_wrong_labels_of_digits_come_first_whatever_the_seed():
@@ -462,7 +462,8 @@ def test_other_training_pictures_are_one_message(planted, tmp_path):
 def test_training_on_a_folder_without_copies_says_nothing_of_them(capsys):
     digits = data.read_digits("train")[0]
     named = digits._replace(files=[f"{index}.png" for index in range(len(digits.labels))])
-    train.warn_of_copies(named.select(slice(100)), named.select(slice(100, 150)))
+    twice = named.select(torch.tensor([*range(100), 7]))  # within the training pictures only
+    train.warn_of_copies(twice, named.select(slice(100, 150)))
     assert not capsys.readouterr().out
     train.warn_of_copies(named.select(slice(100)), named.select(slice(98, 150)))
     line = "note     2 of 52 validation pictures are training pictures too, pixel for pixel: "
