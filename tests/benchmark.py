@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
+from tqdm import tqdm
 
 import data
 import model as resnet
@@ -387,7 +388,8 @@ def take_turns(
         begin = time.perf_counter()
         if repeat >= LEAST_TURNS and begin + longest > deadline:
             break
-        bar = utils.progress_bar(f"turn {repeat + 1}", len(names), unit="variant")
+        options = {"unit": "variant", "leave": False, "disable": not utils.on_terminal()}
+        bar = tqdm(total=len(names), desc=f"turn {repeat + 1}", **options)
         for name in names if repeat % 2 == 0 else reversed(names):
             start = time.perf_counter()
             if on_gpu:
