@@ -6,8 +6,7 @@
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
-Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60. Then: python
-evaluate.py
+Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
 """
 
 import copy
@@ -200,9 +199,7 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
 
-def train_step(
-    run: "Run", images: Tensor, labels: Tensor, args: Namespace
-) -> tuple[Tensor, Tensor]:
+def train_step(run: "Run", images: Tensor, labels: Tensor, args: Namespace) -> tuple:
     """One step of SGD; returns the loss and the number of correct predictions of its batch.
 
     Nothing here makes the host wait for the GPU.
