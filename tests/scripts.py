@@ -146,8 +146,9 @@ def _run(path: str, args: tuple, cwd: str, streams: list[str], prepare) -> None:
     os.chdir(cwd)
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    # A shell's background job inherits a SIGINT that is ignored; what tests start gets Ctrl-C.
+    # A shell's background job ignores SIGINT, nohup SIGHUP; what tests start gets both.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = [path, *args]
     sys.path.insert(0, str(ROOT))
     if prepare:

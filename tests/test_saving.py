@@ -61,7 +61,7 @@ class Saves:
 
     def load(self) -> tuple[dict, dict, bytes]:
         """best.pt, last.pt and the bytes of history.csv; the same bytes are loaded only once."""
-        paths = [self.folder / name for name in utils.RUN_FILES]
+        paths = [self.folder / name for name in ("best.pt", "last.pt", "history.csv")]
         best, last, rows = contents = [path.read_bytes() for path in paths]
         for path, content in zip(paths[:2], contents):
             if content not in self.loaded:
@@ -74,6 +74,7 @@ class Saves:
         shutil.copytree(self.first, self.folder)
         if not (child := os.fork()):
             status = 1
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
             try:
                 sys.stderr = open(self.folder / "stderr", "w")  # noqa: SIM115, until the end
                 with utils.explained_exit("nothing is saved yet", ""):
