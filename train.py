@@ -299,14 +299,15 @@ def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> 
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
-    """A copy of the model to hold an average, and the floating tensors of both, in one order."""
-    average = copy.deepcopy(model).requires_grad_(False)
-    for module, original in zip(average.modules(), model.modules()):
-        for name, buffer in original.named_buffers(recurse=False):
-            if not buffer.is_floating_point():
-                setattr(module, name, buffer)  # shared: batch norm's counters are not averaged
-    states = [network.state_dict().values() for network in (average, model)]
-    return average, [[x for x in state if x.is_floating_point()] for state in states]
+    """A copy of the model to hold an average, and the floating tensors of both, in one order.
+
+    The copy's tensors need no gradients; batch norm's counters it shares with the model.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    own = {id(tensor): tensor for tensor in tensors}  # what deepcopy() shall put in their place
+    own |= {id(tensor): tensor.detach().clone() for tensor in floating}
+    return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
 
 
 def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:

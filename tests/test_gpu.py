@@ -25,6 +25,7 @@ import data
 import evaluate
 import model
 import train
+import utils
 
 
 def train_one_epoch(argv: list[str]) -> None:
@@ -37,7 +38,7 @@ def train_one_epoch(argv: list[str]) -> None:
 FLAGS = f"--demo {CLASSIC} --epochs 2 --train-per-class 24 --holdout-per-class 12 --flip 0.5"
 FLAGS += " --log-every 1000 --no-compile"
 STEPS = {"120": 2, "60": 4}  # per epoch, with these batch sizes
-RUN = "{flags} --batch-size {size} --checkpoint-dir {size}"
+RUN = "{flags} --batch-size {size} --val-batch-size {size} --checkpoint-dir {size}"
 STAGES = {
     "train": (train_one_epoch, RUN),
     "resume": (train.main, RUN + " --resume"),
@@ -158,12 +159,12 @@ def flip_by_index(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def contiguous_momentum(original):
-    def load_state_dict(self, state: dict) -> None:
-        original(self, state)
-        for buffers in self.state.values():
+    def restore(checkpoint: dict, path: object, parts: dict, data_facts: dict) -> None:
+        original(checkpoint, path, parts, data_facts)
+        for buffers in parts["optimizer"].state.values():
             buffers["momentum_buffer"] = buffers["momentum_buffer"].contiguous()
 
-    return load_state_dict
+    return restore
 
 
 def contiguous_input(original):
@@ -208,7 +209,7 @@ FAULTS = {  # where it is inserted, the fault, words of what must be found
         instead(lambda *a: torch.contiguous_format),
         "channels_last",
     ),
-    "contiguous momentum": (SGD, "load_state_dict", contiguous_momentum, "resume: aten._fused"),
+    "contiguous momentum": (utils, "restore", contiguous_momentum, "resume: aten._fused"),
     "optimizer not fused": (SGD, "__init__", unfused, "reads"),
 }
 
