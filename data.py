@@ -385,7 +385,7 @@ def read_picture(path: str | Path, size: int) -> Tensor:
 def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
     """Pictures from files and folders, centre-cropped and resized: uint8 (N, 3, size, size).
 
-    Files that are not pictures are named on stderr. Raises UserError if there is no other.
+    Files that are not pictures are named on stderr. Raises DataError if there is no other.
     """
     files, images = [], []
     for path in map(Path, paths):

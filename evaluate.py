@@ -246,10 +246,12 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
 def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy and top-1 accuracy of logits (N, num_classes); top-5 of 6 or more."""
     loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
-    hits = {"top1_accuracy": logits.argmax(1) == labels}
-    if logits.shape[1] > 5:
-        hits["top5_accuracy"] = (logits.topk(5).indices == labels[:, None]).any(1)
-    return {"loss": loss} | {name: x.double().mean().item() for name, x in hits.items()}
+    scores = {"loss": loss, "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1))}
+    numbers = range(logits.shape[1])
+    if len(numbers) > 5:
+        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers)
+        scores["top5_accuracy"] = top5
+    return scores
 
 
 def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
