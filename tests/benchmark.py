@@ -234,8 +234,9 @@ def augment_with_torchvision(args: Namespace, images: data.Split) -> Iterator[fl
 def start_run(args: Namespace, device: torch.device, compile_it: bool = False) -> train.Run:
     """ResNet-50 with random weights in channels_last, and what trains it."""
     model = resnet.build_model("resnet50", 100).to(device, memory_format=torch.channels_last)
-    settings = Namespace(**vars(args) | {"compile": compile_it})
-    return train.make_run(settings, model, args.precision)
+    run = train.make_run(args, model, args.precision)
+    run.network = train.wrap_network(model, compile_it)
+    return run
 
 
 class PilImages(Dataset):

@@ -6,6 +6,10 @@ from argparse import Namespace
 import benchmark
 import pytest
 import torch
+from torch._dynamo import OptimizedModule
+
+import train
+import utils
 
 TINY = ["--device", "cpu", "--precision", "fp32", "--image-size", "32", "--batch-size", "2"]
 TINY += ["--steps", "1", "--warmup-steps", "1", "--repeats", "1"]
@@ -51,6 +55,13 @@ def test_turns_end_with_the_budget_but_not_before_the_third(seconds, turns, monk
     variants, cpu = {"one": variant(), "other": variant()}, torch.device("cpu")
     measured = benchmark.take_turns(Namespace(repeats=5), cpu, variants, deadline=250)
     assert [len(rates) for rates in measured["repeats"].values()] == [turns, turns]
+
+
+def test_compiled_is_compiled_and_the_others_are_not():
+    args = utils.parse_flags(train.__file__, ["--precision", "fp32"])
+    for compile_it in (True, False):
+        run = benchmark.start_run(args, torch.device("cpu"), compile_it)
+        assert isinstance(run.network, OptimizedModule) == compile_it
 
 
 @pytest.mark.parametrize(("rate", "steps"), [(4.0, 1), (16.0, 4), (1600.0, 8)])
