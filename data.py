@@ -13,6 +13,7 @@ import math
 import socket
 import sys
 import tempfile
+import time
 import zlib
 from argparse import Namespace
 from collections import defaultdict
@@ -408,15 +409,20 @@ def split_per_class(
 
     train_per_class limits the training images per class; 0 takes all but the hold-out.
     """
+    holdout, train = draw_per_class(labels, holdout_per_class)
+    if train_per_class:
+        train = train[draw_per_class(labels[train], train_per_class)[0]]
+    return train, holdout
+
+
+def draw_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices of count random images per class, all of a smaller one, and of the others."""
     # Not the run's SEED: runs with different seeds must share their hold-out.
     rng = np.random.default_rng(100)
-    train, holdout = [], []
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        members = rng.permutation(np.flatnonzero(labels.numpy() == label.item()))
-        holdout.append(members[:holdout_per_class])
-        rest = members[holdout_per_class:]
-        train.append(rest[: train_per_class or len(rest)])
-    return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (train, holdout))
+        drawn[rng.permutation(np.flatnonzero(labels.numpy() == label.item()))[:count]] = True
+    return drawn.nonzero().flatten(), (~drawn).nonzero().flatten()
 
 
 # ---- augmentation: images float (B, 3, H, W) in [0, 1], one parameter per image (B,) ------------
@@ -695,6 +701,8 @@ class EvalLoader:
     copies of the last image, which model.predict() drops.
     """
 
+    deadline = math.inf  # time.perf_counter() after which no batch is started
+
     def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:
         """images: uint8 (N, 3, S, S)."""
         self.images, self.batch_size = images, min(batch_size, len(images))
@@ -706,7 +714,9 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Float batches (batch_size, 3, image_size, image_size)."""
-        for images in self.images.split(self.batch_size):
+        for index, images in enumerate(self.images.split(self.batch_size)):
+            if index and time.perf_counter() > self.deadline:
+                return
             missing = self.batch_size - len(images)
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
             yield self.normalize_and_resize(images.float() / 255)

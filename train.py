@@ -1,6 +1,7 @@
 """Fine-tunes an ImageNet-pretrained ResNet-50 on CIFAR-100.
 
     python train.py               trains; leaves the best epoch in checkpoints/best.pt
+    python train.py --minutes 10  the best network that this machine can train in ten minutes
     python train.py --resume      continues an interrupted run from checkpoints/last.pt
     python train.py --demo        about a minute on a CPU, no download: scikit-learn's digits
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
@@ -12,9 +13,13 @@ Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60
 import copy
 import inspect
 import math
+import os
 import shlex
+import tempfile
 import time
 from argparse import Namespace
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +40,8 @@ import utils
 # A constant's comment ends in its [lowest, highest] value or in its ["choices"]. Checkpoints store
 # the constants; one that is missing from an older checkpoint takes its default below, so the
 # default of a new constant must leave its feature off.
+
+MINUTES = 0.0  # train the best network possible in this time, by LADDER; 0 for no limit [0.0, 1e5]
 
 # Files
 DATASET = "cifar100"  # "cifar100", "digits", or a folder with train/CLASS/ and val/CLASS/ pictures
@@ -112,8 +119,33 @@ DEMO_SETTINGS = {
     "ROTATION": 0.0,
 }
 
+# --minutes takes the first rung of the ladder that fits: with all images and the most epochs between
+# its two, else with the fewest epochs and the most images, no less than its share of all.
+PLAN_SETTINGS = {
+    "SCHEDULE": "cosine",
+    "WARMUP_EPOCHS": 0.1,
+    "EARLY_STOPPING_PATIENCE": 100_000,
+    "FREEZE_BATCH_NORM": True,
+    "BATCH_SIZE": 64,
+    "BRIGHTNESS": 0.0,
+    "CONTRAST": 0.0,
+    "SATURATION": 0.0,
+    "HUE": 0.0,
+    "ROTATION": 0.0,
+    "GRAYSCALE": 0.0,
+}
+LADDER = {
+    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share
+    "head, then all, 160 px": (160, 10, (6, 30), 0, 0.005, 1),
+    "head, then three stages, 128 px": (128, 10, (3, 12), 1, 0.005, 1),
+    "head, then two stages, 128 px": (128, 8, (1, 3), 2, 0.005, 0.3),
+    "head alone, 128 px": (128, 10, (0, 0), 4, 0.01, 0.3),
+    "head alone, 96 px": (96, 20, (0, 0), 4, 0.01, 0.02),
+}
+
 
 def main(argv: list[str] | None = None) -> None:
+    begin = time.perf_counter() - time.process_time()  # what it took to import counts
     args = utils.parse_flags(__file__, argv)
     this = utils.this_process()
     check_combinations(args, this.world_size)
@@ -122,19 +154,32 @@ def main(argv: list[str] | None = None) -> None:
     # Connect: device, processes, the checkpoint to continue from
     device = utils.connect(args.device)
     _lock = utils.lock_folder(last.parent)  # until main() returns
-    checkpoint = utils.from_rank_0(lambda: utils.find_checkpoint(last, args))
+    checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
+    if checkpoint:
+        args = follow_plan(argv, args, checkpoint["constants"])
+        utils.require_same_settings(checkpoint, last, args)
     precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
     utils.say("device", f"{utils.device_name(device)}, {precision}")
-    utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
 
-    # Data
-    train_loader, val_loader, val_labels, facts = make_loaders(args, this, device)
-
-    # Model
+    # Data and model
+    train_split, val_split, facts = read_data(args, this, device)
     model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
     utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
     utils.broadcast(model.state_dict().values())  # rank 0's weights
+
+    # Plan
+    budget = None
+    if args.minutes and not checkpoint:
+        val_images = len(val_split.labels)
+        args, budget = make_plan(argv, args, begin, train_split, val_images, precision, device)
+    elif device.type == "cpu" and not checkpoint and not args.demo:
+        advice = "--minutes 60 trains the best network that this machine can in an hour"
+        utils.say("note", f"without a GPU this can take days; {advice}")
+    train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
+    utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
+    resnet.freeze_stages(model, args.freeze_stages)
     run = make_run(args, model, precision)
+    run.budget = budget
 
     # Restore, or start
     metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
@@ -146,21 +191,22 @@ def main(argv: list[str] | None = None) -> None:
         utils.move_aside(last.parent)
         utils.save_run(last.parent, metadata, run.parts(), history)
     first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
-    estimate_time(run, args, train_loader, len(val_labels), first)
 
     # Wrap, train
     run.network = wrap_network(model, args.compile)
     for epoch in range(first, args.epochs + 1):
-        if should_stop(history, args):
+        if should_stop(history, args) or epoch > args.epochs:
             break
         start = time.perf_counter()
         figures = train_one_epoch(run, train_loader, epoch, args)
+        trained = time.perf_counter()
         figures |= validate(run, val_loader, val_labels)
         history.append({"epoch": epoch, **figures, "seconds": time.perf_counter() - start})
         is_best = finish_epoch(run, history, args)
         utils.save_run(last.parent, metadata, run.parts(), history, is_best)
         utils.say("epoch", epoch_line(history[-1], args.epochs) + ("  best" if is_best else ""))
-    report(args, history)
+        end_in_time(run, args, epoch, save_seconds=time.perf_counter() - trained)
+    report(run, args, history)
     utils.disconnect()
 
 
@@ -192,9 +238,13 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
             mean_loss = loss_sum.item() / step  # of batch means; the loop's only synchronization
             require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
+            seconds = (time.perf_counter() - start) * steps / step
+            end_in_time(run, args, epoch - 1 + step / steps, epoch_seconds=seconds)
+        if epoch - 1 + step / steps >= run.end:
+            break
     bar.close()
-    speed, share = steps * loader.batch_size / (time.perf_counter() - start), len(labels)
-    loss, accuracy = utils.mean_over_processes(loss_sum * share, correct_sum, count=steps * share)
+    speed, share = step * loader.batch_size / (time.perf_counter() - start), len(labels)
+    loss, accuracy = utils.mean_over_processes(loss_sum * share, correct_sum, count=step * share)
     figures = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
@@ -226,8 +276,8 @@ def learning_rate_at(run: "Run", args: Namespace, epochs_done: float) -> float:
         return run.optimizer.param_groups[0]["lr"]
     if epochs_done < args.warmup_epochs:
         return args.learning_rate * (epochs_done / args.warmup_epochs)
-    progress = (epochs_done - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return args.learning_rate * cosine(progress)
+    progress = (epochs_done - args.warmup_epochs) / (run.end - args.warmup_epochs)
+    return args.learning_rate * cosine(min(1, progress))
 
 
 def cosine(progress: float) -> float:
@@ -258,6 +308,8 @@ class Run:
     scheduler: ReduceLROnPlateau  # with SCHEDULE = "cosine", every step overrides its rate
     scaler: torch.amp.GradScaler  # idle except for fp16
     dtype: torch.dtype  # of autocast
+    end: float  # the epoch, or a part of it, with which the run ends at the latest
+    budget: "Budget | None" = None  # with MINUTES
 
     @property
     def validated(self) -> nn.Module:
@@ -283,7 +335,7 @@ def make_run(args: Namespace, model: nn.Module, precision: str) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average, averaged = make_average(model) if args.ema_decay else (None, [])
     dtype = utils.DTYPES[precision]
-    return Run(model, model, average, averaged, optimizer, scheduler, scaler, dtype)
+    return Run(model, model, average, averaged, optimizer, scheduler, scaler, dtype, args.epochs)
 
 
 def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> SGD:
@@ -333,17 +385,32 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. Each process trains on
     the features of all images. Loss and accuracy are those of the last of the head's epochs.
     """
-    start, head, labels = time.perf_counter(), run.model.fc, loader.labels
-    features = compute_features(run, loader, args)
+    start, head = time.perf_counter(), run.model.fc
+    features, labels = compute_features(run, loader, args)
+    loss, accuracy = fit_head(head, features, labels, args)
+    utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
+    if run.average is not None:
+        run.average.load_state_dict(run.model.state_dict())
+    require_finite(loss, "training", "epoch 0", args.head_learning_rate)
+    speed = len(features) / (time.perf_counter() - start)  # computing the features included
+    figures = {"learning_rate": args.head_learning_rate, "train_loss": loss}
+    return figures | {"train_accuracy": accuracy, "images_per_second": speed}
+
+
+def fit_head(
+    head: nn.Module, features: Tensor, labels: Tensor, args: Namespace
+) -> tuple[float, float]:
+    """Trains a head on features (N, num_features); returns loss and accuracy of its last epoch."""
     optimizer = make_optimizer(head, args.head_learning_rate, args)
-    seed, steps = data.mix_seed(args.seed, 0), len(loader)
+    seed, batch_size = data.mix_seed(args.seed, 0), min(args.batch_size, len(labels))
+    steps = len(labels) // batch_size
     torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
     head.train()
     for epoch in range(args.head_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         loss_sum, correct_sum = features.new_zeros(2)
-        for step, batch in enumerate(order.split(loader.batch_size)[:steps]):
+        for step, batch in enumerate(order.split(batch_size)[:steps]):
             progress = (epoch + (step + 0.5) / steps) / args.head_epochs
             optimizer.param_groups[0]["lr"] = args.head_learning_rate * cosine(progress)
             logits = head(features[batch])
@@ -353,28 +420,30 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
             optimizer.step()
             loss_sum += loss.detach()
             correct_sum += (logits.detach().argmax(1) == labels[batch]).sum()
-    utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
-    if run.average is not None:
-        run.average.load_state_dict(run.model.state_dict())
-    loss, accuracy = loss_sum.item() / steps, correct_sum.item() / (steps * loader.batch_size)
-    require_finite(loss, "training", "epoch 0", args.head_learning_rate)
-    speed = len(features) / (time.perf_counter() - start)  # computing the features included
-    figures = {"learning_rate": args.head_learning_rate, "train_loss": loss}
-    return figures | {"train_accuracy": accuracy, "images_per_second": speed}
+    return loss_sum.item() / steps, correct_sum.item() / (steps * batch_size)
 
 
-def compute_features(run: Run, loader: data.TrainLoader, args: Namespace) -> Tensor:
-    """What the head sees of all training images, not augmented (N, num_features), on the device.
+def compute_features(run: Run, loader: data.TrainLoader, args: Namespace) -> tuple[Tensor, Tensor]:
+    """What the head sees of the training images, not augmented (N, num_features), and their labels.
 
-    Each process computes its share. (Mirrored images as well took twice the time, without a
-    measurable gain.)
+    Each process computes its share. With MINUTES, images for which there is no time are left out.
+    (Mirrored images as well took twice the time, without a measurable gain.)
     """
-    share = slice(loader.rank, None, loader.world_size)
+    generator = torch.Generator().manual_seed(data.mix_seed(args.seed, 0))
+    order = torch.randperm(len(loader.labels), generator=generator).to(loader.labels.device)
+    share = order[loader.rank :: loader.world_size]
     own_images = data.EvalLoader(loader.images[share], args.val_batch_size, args.image_size)
+    if run.budget:
+        own_images.deadline = run.budget.features_deadline
     own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
-    features = own.new_zeros(len(loader.images), own.shape[1])
-    features[share] = own
-    return utils.sum_over_processes(features)
+    computed = [int(length) for length in utils.exchange("features", str(len(own)))]
+    features = own.new_zeros(len(order), own.shape[1])
+    features[loader.rank :: loader.world_size][: len(own)] = own
+    features, count = utils.sum_over_processes(features), len(order)
+    if sum(computed) < count:
+        count = min(computed) * loader.world_size
+        utils.say("note", f"slower than planned: {count:,} images train the head")
+    return features[:count], loader.labels[order[:count]]
 
 
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
@@ -417,32 +486,274 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
         )
 
 
-def make_loaders(
+# ---- the plan for --minutes ---------------------------------------------------------------------
+
+
+@dataclass
+class Budget:
+    """The time that MINUTES gives, and the seconds that a run takes of it, as measured so far."""
+
+    deadline: float  # time.perf_counter() by which the run has ended
+    features_deadline: float  # and by which the head's features are computed
+    epoch_seconds: float  # of an epoch's steps
+    save_seconds: float  # of the validation and the save after it
+    epochs: int  # as planned
+
+
+def make_plan(
+    argv: list[str] | None,
+    args: Namespace,
+    begin: float,
+    train_split: data.Split,
+    val_images: int,
+    precision: str,
+    device: torch.device,
+) -> tuple[Namespace, Budget]:
+    """The settings of the best rung of LADDER that fits into args.minutes from begin on.
+
+    Flags win over the ladder. Rank 0 decides, by what it measures while the others measure too.
+    Raises UserError if no rung fits.
+    """
+    if utils.parse_flags(__file__, argv, PLAN_SETTINGS).schedule == "plateau":
+        utils.refuse_flag("schedule", "plateau", "cosine with --minutes, so that it can end in time")
+    deadline, counts = begin + 60 * args.minutes, train_split.labels.bincount().tolist()
+    watch = Stopwatch(args, train_split, len(counts), precision, device)
+
+    def cost(settings: dict, roughly: bool = False) -> float:
+        candidate = utils.parse_flags(__file__, argv, settings)
+        return sum_up(expect(candidate, watch, counts, val_images, roughly), candidate)
+
+    def time_left() -> float:
+        return 0.96 * (deadline - time.perf_counter())
+
+    found = choose_rung(cost, time_left, max(counts))
+    settings, least = utils.from_rank_0("plan", lambda: found)
+    elapsed = time.perf_counter() - begin
+    if not settings:
+        expected = f"{math.ceil((elapsed + least / 0.96) / 6) / 10:g} or more on this machine"
+        raise utils.UserError(f"--minutes {args.minutes:g} is too short: expected {expected}")
+    args = utils.parse_flags(__file__, argv, settings)
+    check_combinations(args, utils.this_process().world_size)
+    seconds = expect(args, watch, counts, val_images)
+    minutes = (elapsed + sum_up(seconds, args)) / 60
+    per_class = f"{args.train_per_class} images per class" if args.train_per_class else "all images"
+    parts = f"{args.image_size} px, {per_class}, {args.head_epochs} epochs of the head"
+    parts += f", {args.epochs} of the network with {args.freeze_stages} stages frozen"
+    utils.say("plan", f"{parts}: about {minutes:.1f} of {args.minutes:g} minutes")
+    own = ("minutes", "resume", "resume_if_saved")
+    utils.say("repeat", utils.command_of(__file__, args, without=own))
+    features_deadline = deadline - 1.02 * (seconds["head"] + seconds["save"])
+    epoch_seconds = max(seconds["epoch"], 1e-3)
+    return args, Budget(deadline, features_deadline, epoch_seconds, seconds["save"], args.epochs)
+
+
+def choose_rung(
+    cost: Callable[..., float], time_left: Callable[[], float], most_per_class: int
+) -> tuple[dict, float]:
+    """The settings of the first rung of LADDER that fits into the seconds left, and their cost.
+
+    cost(settings) measures what it has not measured yet, which takes a while; with roughly=True it
+    is at least as low. If no rung fits, the settings are empty and the cost is that of the last.
+    """
+    for size, head_epochs, (fewest, most), frozen, rate, share in LADDER.values():
+        fixed = {"IMAGE_SIZE": size, "FREEZE_STAGES": frozen, "LEARNING_RATE": rate}
+        fixed |= PLAN_SETTINGS | {"HEAD_EPOCHS": head_epochs, "EPOCHS": fewest}
+        fewest_images = math.ceil(share * most_per_class)
+        settings = fixed | {"TRAIN_PER_CLASS": fewest_images}
+        least = cost(settings, roughly=True)
+        if least > time_left():
+            continue
+        least = cost(settings)
+        for name, values in (
+            ("EPOCHS", range(fewest, most + 1)),
+            ("TRAIN_PER_CLASS", range(fewest_images, most_per_class)),
+        ):
+            base, left = fixed | {"TRAIN_PER_CLASS": 0}, time_left()
+            if fit := bisect_right(values, left, key=lambda value: cost(base | {name: value})):
+                settings = base | {name: values[fit - 1]}
+                return settings, cost(settings)
+    return {}, least
+
+
+def expect(
+    args: Namespace, watch: "Stopwatch", counts: list[int], val_images: int, roughly: bool = False
+) -> dict[str, float]:
+    """Seconds for the first save, features, the head's epochs, an epoch, a validation with its save.
+
+    counts: training images per class. roughly: a step as two forward passes, which is too little.
+    """
+    processes, forward = utils.this_process().world_size, watch.forward(args)
+    images = sum(min(count, args.train_per_class or count) for count in counts)
+    seconds = {"start": watch.save(args), "features": 0.0, "head": 0.0, "epoch": 0.0}
+    seconds["save"] = seconds["start"] + forward * val_images / processes
+    if args.head_epochs:
+        seconds["features"] = forward * images / processes
+        seconds["head"] = watch.head(args) * images * args.head_epochs
+    if args.epochs:
+        seconds["epoch"] = (2 * forward if roughly else watch.step(args)) * images / processes
+    return seconds
+
+
+def sum_up(seconds: dict[str, float], args: Namespace) -> float:
+    """Seconds of a whole run."""
+    saves = args.epochs + bool(args.head_epochs)
+    once = seconds["start"] + seconds["features"] + seconds["head"]
+    return once + args.epochs * seconds["epoch"] + saves * seconds["save"]
+
+
+class Stopwatch:
+    """Measures what a run consists of on its device, each part once: seconds per image."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        train_split: data.Split,
+        num_classes: int,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.precision, self.measured = precision, {}
+        self.batches = 1 if device.type == "cpu" else 8  # there one takes long enough
+        most = self.batches * max(args.val_batch_size, PLAN_SETTINGS["BATCH_SIZE"])
+        self.split = train_split.select(slice(most)).to(device)
+        # A network of its own, because measured steps change it
+        self.model = resnet.build_model(args.architecture, num_classes)
+        self.model.to(device, memory_format=data.memory_format(device))
+
+    def forward(self, args: Namespace) -> float:
+        """A forward pass for validation or features."""
+        batch_size = 32 if self.batches == 1 else args.val_batch_size
+        images = self.split.images[: batch_size * self.batches]
+        loader = data.EvalLoader(images, batch_size, args.image_size)
+
+        def use() -> Tensor:
+            return resnet.predict(self.model, loader, utils.DTYPES[self.precision]).sum()
+
+        return self.once(use, len(images), "forward", args.image_size)
+
+    def step(self, args: Namespace) -> float:
+        """A step of training with its augmentation."""
+        batch_size = args.batch_size // utils.this_process().world_size
+        args = Namespace(**vars(args) | {"batch_size": batch_size})
+        self.model.requires_grad_(True)
+        resnet.freeze_stages(self.model, args.freeze_stages)
+        run = make_run(args, self.model, self.precision)
+        loader = data.TrainLoader(self.split.select(slice(batch_size * self.batches)), args)
+
+        def use() -> Tensor:
+            resnet.set_train_mode(self.model, args.freeze_batch_norm)
+            return sum(train_step(run, *batch, args)[0] for batch in loader.epoch(1))
+
+        images = len(loader) * loader.batch_size
+        return self.once(use, images, "step", args.image_size, args.freeze_stages, batch_size)
+
+    def head(self, args: Namespace) -> float:
+        """A step of the head alone."""
+        args, head = Namespace(**vars(args) | {"head_epochs": 1}), self.model.fc
+        labels = self.split.labels
+        features = torch.rand(len(labels), head[0].in_features, device=labels.device)
+
+        def use() -> float:
+            return fit_head(head.requires_grad_(True), features, labels, args)[0]
+
+        return self.once(use, len(labels), "head", args.batch_size)
+
+    def save(self, args: Namespace) -> float:
+        """Seconds for best.pt and last.pt, which together hold three times the network."""
+
+        def use() -> float:
+            with tempfile.TemporaryFile(dir=args.checkpoint_dir) as file:
+                torch.save(self.model.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            return 0.0
+
+        return 3 * self.once(use, 1, "save")
+
+    def once(self, use: Callable[[], Tensor | float], images: int, *key: object) -> float:
+        """Seconds per image of use(), whose number is read to wait for the device."""
+        if key not in self.measured:
+            float(use())  # allocates memory and chooses kernels
+            count, start = 0, time.perf_counter()
+            while not count or time.perf_counter() - start < 0.3:
+                float(use())
+                count += 1
+            self.measured[key] = (time.perf_counter() - start) / count / images
+        return self.measured[key]
+
+
+def follow_plan(argv: list[str] | None, args: Namespace, constants: dict) -> Namespace:
+    """With MINUTES, the settings of a run that is continued, as its plan was; flags win over it."""
+    if not args.minutes:
+        return args
+    names = ["IMAGE_SIZE", "FREEZE_STAGES", "LEARNING_RATE", "HEAD_EPOCHS", "EPOCHS"]
+    names += [*PLAN_SETTINGS, "TRAIN_PER_CLASS"]
+    return utils.parse_flags(__file__, argv, {name: constants[name.lower()] for name in names})
+
+
+def end_in_time(
+    run: Run, args: Namespace, done: float, epoch_seconds: float = 0, save_seconds: float = 0
+) -> None:
+    """With MINUTES, brings the end of the run forward if the rest would take longer than is left.
+
+    done: epochs trained, a fraction included. The seconds are those measured last, if any. The
+    schedule then reaches its end earlier; EPOCHS counts the epochs that are begun.
+    """
+    if run.budget is None:
+        return
+    budget, begun = run.budget, math.floor(done)
+    budget.epoch_seconds = epoch_seconds or budget.epoch_seconds
+    budget.save_seconds = save_seconds or budget.save_seconds
+    left, end = budget.deadline - time.perf_counter(), done
+    for epochs in range(math.ceil(run.end), begun, -1):  # that are begun in the end
+        saves = (epochs - begun) * budget.save_seconds
+        possible = min(run.end, epochs, done + (left - saves) / budget.epoch_seconds)
+        if possible > max(done, epochs - 1):
+            end = possible
+            break
+    run.end = utils.of_rank_0(end)
+    args.epochs = math.ceil(run.end)
+
+
+def read_data(
     args: Namespace, this: utils.Processes, device: torch.device
-) -> tuple[data.TrainLoader, data.EvalLoader, Tensor, dict]:
-    """The loaders, on the device; the labels of this process's validation images; data's facts."""
+) -> tuple[data.Split, data.Split, dict]:
+    """The training and the validation images, on the CPU, and the data's facts."""
     if this.local_rank == 0:  # one process per machine downloads
         data.fetch(args)
     utils.exchange("data")
     options = {"processes": this.local_world_size, "quiet": this.rank > 0}
     train_split, val_split, facts = data.read_splits(args, device, **options)
-    sizes = len(train_split.labels), len(val_split.labels)
-    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
-        raise utils.UserError(
-            f"{sizes[0]} training and {sizes[1]} validation images are too few for "
-            f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
-        )
-    counts = f"{sizes[0]:,} training and {sizes[1]:,} validation images"
+    counts = f"{len(train_split.labels):,} training and {len(val_split.labels):,} validation images"
     utils.say("data", f"{args.dataset}: {counts}, {len(facts['classes'])} classes")
     if not args.holdout_per_class:
         advice = "--holdout-per-class 50 selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
     if this.rank == 0 and args.dataset not in data.BUILT_IN:
         warn_of_copies(train_split, val_split)
-    train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
+    return train_split, val_split, facts
+
+
+def make_loaders(
+    args: Namespace,
+    this: utils.Processes,
+    device: torch.device,
+    train_split: data.Split,
+    val_split: data.Split,
+) -> tuple[data.TrainLoader, data.EvalLoader, Tensor]:
+    """The loaders, on the device, and the labels of this process's validation images."""
+    train, _ = data.split_per_class(train_split.labels, 0, args.train_per_class)
+    sizes = len(train), len(val_split.labels)
+    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
+        raise utils.UserError(
+            f"{sizes[0]} training and {sizes[1]} validation images are too few for "
+            f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
+        )
+    train_split = train_split.select(train).to(device)
+    train_loader = data.TrainLoader(train_split, args, this.rank, this.world_size)
     val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.val_batch_size, args.image_size)
-    return train_loader, val_loader, val_split.labels, facts
+    return train_loader, val_loader, val_split.labels
 
 
 def warn_of_copies(train_split: data.Split, val_split: data.Split) -> None:
@@ -465,7 +776,6 @@ def make_model(
     model = resnet.build_model(args.architecture, len(classes))
     if pretrained and utils.this_process().rank == 0:
         load_weights(model, args, classes)
-    resnet.freeze_stages(model, args.freeze_stages)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     source = args.weights or "random weights"
     utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
@@ -526,38 +836,15 @@ def check_combinations(args: Namespace, world_size: int) -> None:
     if (args.mixup or args.cutmix) and args.batch_size // world_size % 2:
         expected = "an even number of images per process, for --mixup and --cutmix"
         utils.refuse_flag("batch_size", args.batch_size, expected)
+    if args.minutes and (args.demo or args.compile or not args.weights):
+        expected = "0 with --demo, --compile or without pretrained weights"
+        utils.refuse_flag("minutes", args.minutes, expected)
     if not args.epochs and not args.head_epochs:
         utils.refuse_flag("epochs", args.epochs, "1 or more without --head-epochs")
     if args.warmup_epochs and args.schedule == "plateau":
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, "0 with --schedule plateau")
     if args.epochs and args.warmup_epochs >= args.epochs:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
-
-
-def estimate_time(
-    run: Run, args: Namespace, loader: data.TrainLoader, val_images: int, first: int
-) -> None:
-    """Without a GPU, prints how long the epochs from the first one on take at most.
-
-    Estimated from a timed forward pass: a training step costs about three of them per image,
-    training the head one.
-    """
-    if loader.images.device.type != "cpu":
-        return
-    sample = data.EvalLoader(loader.images[:32], 32, args.image_size)
-    resnet.predict(run.model, sample, run.dtype)  # the first pass allocates
-    start = time.perf_counter()
-    resnet.predict(run.model, sample, run.dtype)
-    per_image = (time.perf_counter() - start) / len(sample.images)
-    trained = len(loader) * loader.batch_size / loader.world_size
-    epoch, head = (per_image * (passes * trained + val_images) for passes in (3, 1))
-    total = epoch * max(0, args.epochs + 1 - max(first, 1)) + (head if first == 0 else 0)
-    times = f"an epoch takes about {duration(epoch)} here, the run at most {duration(total)}"
-    note = f"no GPU in use: {times}"
-    if args.image_size > 160:
-        smaller = duration(total * (128 / args.image_size) ** 2)
-        note += f"; with --image-size 128 about {smaller}"
-    utils.say("note", note)
 
 
 def duration(seconds: float) -> str:
@@ -578,7 +865,7 @@ def epoch_line(row: dict[str, float], epochs: int) -> str:
     )
 
 
-def report(args: Namespace, history: list[dict]) -> None:
+def report(run: Run, args: Namespace, history: list[dict]) -> None:
     """Prints why the run ended, its best epoch, and the next command."""
     best = utils.best_epoch(history, args.watch)
     if should_stop(history, args):
@@ -590,6 +877,9 @@ def report(args: Namespace, history: list[dict]) -> None:
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")
+    if run.budget and run.end < run.budget.epochs:
+        planned = f"{run.end:.2f} epochs in place of {run.budget.epochs}, with the whole schedule"
+        utils.say("note", f"the machine was slower than measured: {planned}")
     defaults = utils.read_constants(str(Path(__file__).with_name("evaluate.py")))
     command = ["python", "evaluate.py"]
     for name, value in (("CHECKPOINT", str(path)), ("DATA_DIR", args.data_dir)):

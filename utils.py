@@ -99,17 +99,20 @@ def refuse_flag(name: str, value: object, expected: str) -> NoReturn:
     _usage_error(f"--{name.replace('_', '-')} {value!r}: expected {expected}")
 
 
-def parse_flags(script: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_flags(
+    script: str, argv: list[str] | None = None, planned: dict[str, object] | None = None
+) -> argparse.Namespace:
     """Makes a flag of every constant of a script, with its comment as the help, and checks it.
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
-    values; a dict is no flag. With --demo, the script's DEMO_SETTINGS replace its values; flags win
-    over both. Returns the settings, with names in lower case. A bad flag, a value out of its range,
-    or an empty string where the comment does not mention "" ends the script with one line and exit
-    status 2.
+    values; a dict is no flag. With --demo, the script's DEMO_SETTINGS replace its values, and so do
+    those that are planned, by name; flags win over all. Returns the settings, with names in lower
+    case. A bad flag, a value out of its range, or an empty string where the comment does not
+    mention "" ends the script with one line and exit status 2.
     """
     constants = {name.lower(): constant for name, constant in read_constants(script).items()}
-    demo_settings = constants.pop("demo_settings", Constant({}, "", [])).value
+    demo_settings = constants.get("demo_settings", Constant({}, "", [])).value
+    constants = {name: x for name, x in constants.items() if not isinstance(x.value, dict)}
     parser = _Parser(
         prog=Path(script).name,
         description=ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8-sig"))),
@@ -133,9 +136,28 @@ def parse_flags(script: str, argv: list[str] | None = None) -> argparse.Namespac
     settings = {name: constant.value for name, constant in constants.items()} | given
     if settings.get("demo"):
         settings |= {name.lower(): value for name, value in demo_settings.items()} | given
+    settings |= {name.lower(): value for name, value in (planned or {}).items()} | given
     for name, value in settings.items():
         _check_setting(name, value, constants[name])
     return argparse.Namespace(**settings)
+
+
+def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = ()) -> str:
+    """The command that gives a script the settings of args: a flag for each that is no default."""
+    command = ["python", Path(script).name]
+    for name, constant in read_constants(script).items():
+        value, flag = vars(args).get(name.lower()), name.lower().replace("_", "-")
+        if isinstance(constant.value, dict) or value == constant.value or name.lower() in without:
+            continue
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            command += [
+                f"--{flag}",
+                *(f"{x:.15g}" if isinstance(x, float) else str(x) for x in values),
+            ]
+    return shlex.join(command)
 
 
 def _check_setting(name: str, value: object, constant: Constant) -> None:
@@ -349,12 +371,21 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
                 )
 
 
-def from_rank_0(read: Callable[[], dict | None]) -> dict | None:
-    """The checkpoint that read() returns on rank 0, on every process."""
+def from_rank_0(what: str, read: Callable[[], dict | None]) -> dict | None:
+    """What read() returns on rank 0, on every process. Each name can be used once."""
     holder = [read() if this_process().rank == 0 else None]
-    exchange("checkpoint")
+    exchange(what)
     if dist.is_initialized():
         dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def of_rank_0(number: float) -> float:
+    """Rank 0's number, on every process."""
+    if not dist.is_initialized():
+        return number
+    holder = [number]
+    dist.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
@@ -556,17 +587,20 @@ def with_defaults(run: dict) -> dict:
 
 
 def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
-    """The checkpoint that this run continues: with --resume, or after torchrun restarted it.
-
-    Raises UserError if a constant differs that determines what a run computes.
-    """
+    """The checkpoint that this run continues: with --resume, or after torchrun restarted it."""
     this = this_process()
     if not (args.resume or ((args.resume_if_saved or this.restarts) and path.exists())):
         return None
     checkpoint = load_checkpoint(path)
     if not (args.resume or args.resume_if_saved) and checkpoint.get("launcher") != this.launcher:
         return None  # of an earlier run: torchrun restarted this one before its first save
-    may_change = WHERE_AND_HOW | {"epochs", "scheduler_patience", "early_stopping_patience"}
+    return checkpoint
+
+
+def require_same_settings(checkpoint: dict, path: Path, args: argparse.Namespace) -> None:
+    """Raises UserError if a constant differs that determines what the checkpoint's run computes."""
+    may_change = {"minutes", "epochs", "scheduler_patience", "early_stopping_patience"}
+    may_change |= WHERE_AND_HOW
     if args.schedule != "plateau":
         may_change.remove("epochs")  # the curve ends there: another number would move it
     for name, value in vars(args).items():
@@ -578,7 +612,6 @@ def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
                 f"now it is {value!r}.\n"
                 "Set it back to continue that run, or start a new one without --resume"
             )
-    return checkpoint
 
 
 def restore(checkpoint: dict, path: Path, parts: dict[str, object], data_facts: dict) -> None:

@@ -1,0 +1,250 @@
+"""--minutes: what is chosen, that it ends in time, and that its command repeats the run."""
+
+import shlex
+import signal
+import time
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from scripts import Script, run_script, settings
+from test_train import load
+
+import train
+import utils
+
+LADDER = {
+    "all": (160, 10, (2, 4), 0, 0.005, 1),
+    "most": (128, 8, (1, 1), 2, 0.01, 0.5),
+    "head": (96, 5, (0, 0), 4, 0.01, 0.1),
+}
+
+
+def cost(settings: dict, roughly: bool = False) -> float:
+    """A pixel's side is a second per image and epoch; the network's epochs cost ten of the head's.
+
+    Roughly they cost five.
+    """
+    images = settings["TRAIN_PER_CLASS"] or 100
+    epochs = settings["HEAD_EPOCHS"] + settings["EPOCHS"] * (5 if roughly else 10)
+    return images * settings["IMAGE_SIZE"] * epochs
+
+
+@pytest.mark.parametrize(
+    ("left", "chosen"),
+    [
+        (160 * 100 * 50, (160, 4, 0)),  # the most epochs: 10 + 4 * 10
+        (160 * 100 * 49, (160, 3, 0)),
+        (160 * 100 * 30, (160, 2, 0)),
+        (160 * 100 * 30 - 1, (128, 1, 0)),  # all images: 128 * 100 * 18 is less
+        (128 * 77 * 18, (128, 1, 77)),  # the most images
+        (128 * 50 * 18, (128, 1, 50)),  # the least share of them
+        (128 * 50 * 18 - 1, (96, 0, 0)),
+        (96 * 10 * 5, (96, 0, 10)),
+    ],
+)
+def test_first_rung_that_fits_is_chosen_with_the_most_epochs_or_images(left, chosen, monkeypatch):
+    monkeypatch.setattr(train, "LADDER", LADDER)
+    found, seconds = train.choose_rung(cost, lambda: left, 100)
+    assert (found["IMAGE_SIZE"], found["EPOCHS"], found["TRAIN_PER_CLASS"]) == chosen
+    assert found["SCHEDULE"] == "cosine" and seconds == cost(found) <= left
+
+
+def test_no_rung_fits_and_the_least_cost_is_known(monkeypatch):
+    monkeypatch.setattr(train, "LADDER", LADDER)
+    assert train.choose_rung(cost, lambda: 96 * 10 * 5 - 1, 100) == ({}, 96 * 10 * 5)
+
+
+def test_steps_that_cannot_fit_are_not_measured(monkeypatch):
+    """At half their cost, 2 epochs of 160 px need 160 * 100 * 20 seconds."""
+    monkeypatch.setattr(train, "LADDER", LADDER)
+    measured = []
+
+    def watched_cost(settings: dict, roughly: bool = False) -> float:
+        measured.extend([] if roughly else [settings["IMAGE_SIZE"]])
+        return cost(settings, roughly)
+
+    train.choose_rung(watched_cost, lambda: 160 * 100 * 20 - 1, 100)
+    assert set(measured) == {128}
+
+
+def test_expected_seconds_are_those_worked_out_by_hand():
+    watch = Namespace(forward=lambda args: 1, step=lambda args: 3, head=lambda args: 0.125)
+    watch.save = lambda args: 2
+    args = settings(epochs=2, head_epochs=4, train_per_class=6)
+    seconds = train.expect(args, watch, counts=[10, 4], val_images=5)
+    parts = {"start": 2, "features": 10, "head": 0.125 * 10 * 4, "epoch": 30, "save": 2 + 5}
+    assert seconds == parts
+    assert train.sum_up(seconds, args) == 2 + 10 + 5 + 2 * 30 + 3 * 7
+    args.head_epochs = args.train_per_class = 0
+    seconds = train.expect(args, watch, counts=[10, 4], val_images=5, roughly=True)
+    assert seconds == {"start": 2, "features": 0, "head": 0, "epoch": 2 * 14, "save": 7}
+
+
+@pytest.mark.parametrize(
+    ("done", "left", "end"),
+    [
+        (0.0, 4 * 110, 4),  # four epochs of 100 seconds, and 10 to save each
+        (0.0, 10_000, 4),  # never more than planned
+        (0.0, 4 * 110 - 50, 3.5),  # half an epoch less
+        (0.0, 3 * 110 + 9, 3),  # too little to save a fourth
+        (2.5, 50 + 10 + 25 + 10, 3.25),
+        (2.5, 20 + 10, 2.7),
+        (2.5, 10, 2.5),  # at once
+        (0.0, 5, 0),
+    ],
+)
+def test_run_ends_earlier_only_as_far_as_the_time_left_is_too_short(done, left, end, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000)
+    budget = train.Budget(1000 + left, 0, epoch_seconds=70, save_seconds=7, epochs=4)
+    run, args = Namespace(end=4, budget=budget), Namespace(epochs=4)
+    train.end_in_time(run, args, done, epoch_seconds=100, save_seconds=10)
+    assert run.end == pytest.approx(end) and args.epochs == -(-end // 1)
+
+
+def test_cosine_reaches_zero_where_the_run_ends():
+    args = settings(schedule="cosine", epochs=4, warmup_epochs=0.5, learning_rate=0.8)
+    run = Namespace(end=2.5)
+    rates = [train.learning_rate_at(run, args, done) for done in (0.25, 0.5, 1.5, 2.5, 2.6)]
+    assert rates == pytest.approx([0.4, 0.8, 0.4, 0, 0])
+
+
+# ---- whole runs: 40 digits, a small network with random weights for pretrained ones ---------------
+
+DIGITS = "--dataset digits --architecture resnet18 --weights ../weights.pth --image-size 32"
+DIGITS += " --precision fp32 --train-per-class 4 --holdout-per-class 2"
+RUN = [*DIGITS.split(), "--minutes", "1", "--head-epochs", "2", "--log-every", "1"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder beside the weights."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def same_weights(one, other) -> bool:
+    return all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+
+def planned(script) -> list[str]:
+    """The flags of the command that it says repeats the run."""
+    line = next(line for line in script.stdout.splitlines() if line.startswith("repeat "))
+    assert line.startswith("repeat   python train.py ")
+    return shlex.split(line)[3:]
+
+
+def test_printed_command_repeats_the_run_and_resume_follows_the_plan(folder, tmp_path):
+    run = run_script("train.py", *RUN, "--epochs", "2", cwd=folder)
+    assert run.status == 0, run.stderr
+    assert (
+        "plan     32 px, 4 images per class, 2 epochs of the head, 2 of the network" in run.stdout
+    )
+    expected = load(folder / "checkpoints" / "last.pt")
+    constants = expected["constants"]
+    assert (constants["schedule"], constants["batch_size"]) == ("cosine", 64)
+
+    (tmp_path / "again").mkdir()
+    again = run_script("train.py", *planned(run), "--log-every", "1", cwd=tmp_path / "again")
+    assert again.status == 0 and "plan " not in again.stdout, again.stderr
+    assert same_weights(load(tmp_path / "again" / "checkpoints" / "last.pt"), expected)
+
+    (tmp_path / "broken").mkdir()
+    broken = Script("train.py", *RUN, "--epochs", "2", cwd=tmp_path / "broken")
+    broken.wait_for("epoch    1/2")
+    broken.send(signal.SIGKILL)
+    broken.wait()
+    for flags in ([*RUN, "--epochs", "2"], planned(broken)):
+        more = run_script("train.py", *flags, "--resume", cwd=tmp_path / "broken")
+        assert more.status == 0 and "plan " not in more.stdout, more.stderr
+        assert same_weights(load(tmp_path / "broken" / "checkpoints" / "last.pt"), expected)
+
+
+def test_run_on_a_machine_that_becomes_slower_ends_in_time_with_its_whole_schedule(
+    folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    train_step, once = train.train_step, train.Stopwatch.once
+
+    def slow_step(*args):
+        time.sleep(0.5)
+        return train_step(*args)
+
+    def measure(*args):
+        monkeypatch.setattr(train, "train_step", train_step)
+        try:
+            return once(*args)
+        finally:
+            monkeypatch.setattr(train, "train_step", slow_step)
+
+    monkeypatch.setattr(train.Stopwatch, "once", measure)
+    argv = [*RUN, "--minutes", "0.2", "--epochs", "4", "--batch-size", "4"]  # ten steps an epoch
+    start = time.perf_counter()
+    train.main(argv)
+    seconds, said = time.perf_counter() - start, capsys.readouterr().out
+    assert 6 < seconds <= 12
+    assert "slower than measured" in said
+    checkpoint = load(folder / "checkpoints" / "last.pt")
+    assert checkpoint["constants"]["epochs"] == checkpoint["epoch"] < 4
+    assert checkpoint["optimizer"]["param_groups"][0]["lr"] < 0.05 * 0.005
+
+
+def test_features_for_which_there_is_no_time_are_left_out(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    original = train.make_plan
+
+    def late(*args, **options):
+        args, budget = original(*args, **options)
+        budget.features_deadline = 0
+        return args, budget
+
+    monkeypatch.setattr(train, "make_plan", late)
+    train.main([*RUN, "--epochs", "0", "--val-batch-size", "15"])
+    assert "slower than planned: 15 images train the head" in capsys.readouterr().out
+
+
+def test_too_few_minutes_say_how_many_are_needed(folder):
+    script = run_script("train.py", *RUN, "--minutes", "0.001", cwd=folder)
+    assert script.status == 1
+    assert script.stderr.startswith("--minutes 0.001 is too short: expected 0.")
+    assert not (folder / "checkpoints" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--demo", "--weights ''", "--compile", "--schedule plateau"], ids=str
+)
+def test_what_cannot_be_planned_is_refused(flags, folder):
+    script = run_script("train.py", *RUN, *shlex.split(flags), cwd=folder)
+    assert script.status == 2 and "train.py: --" in script.stderr
+
+
+def test_two_processes_follow_one_plan(folder):
+    from test_processes import TORCHRUN, start
+
+    command = [*TORCHRUN, "--nproc-per-node", "2", str(utils.__file__).replace("utils", "train")]
+    process = start([*command, *RUN, "--epochs", "1"], cwd=folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("\nplan ") == 1 and "finished all 1 epochs" in out
+
+
+def test_plan_runs_on_the_fake_gpu(folder):
+    from test_gpu import in_its_own_process
+
+    assert in_its_own_process(plan_on_fake_gpu, str(folder)) == []
+
+
+def plan_on_fake_gpu(folder: str) -> list[str]:
+    import os
+
+    from test_gpu import run_on_fake_gpu
+
+    os.chdir(folder)
+    gpu = run_on_fake_gpu(partial(train.main), " ".join([*RUN, "--epochs", "1"]))
+    return gpu.problems
