@@ -135,12 +135,12 @@ PLAN_SETTINGS = {
     "GRAYSCALE": 0.0,
 }
 LADDER = {
-    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share
-    "head, then all, 160 px": (160, 10, (6, 30), 0, 0.005, 1),
-    "head, then three stages, 128 px": (128, 10, (3, 12), 1, 0.005, 1),
-    "head, then two stages, 128 px": (128, 8, (1, 3), 2, 0.005, 0.3),
-    "head alone, 128 px": (128, 10, (0, 0), 4, 0.01, 0.3),
-    "head alone, 96 px": (96, 20, (0, 0), 4, 0.01, 0.02),
+    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images
+    "head, then all": (160, 10, (12, 30), 0, 0.01, 1),
+    "head, then three stages": (128, 10, (3, 12), 1, 0.015, 1),
+    "head, then two stages": (128, 8, (1, 2), 2, 0.03, 0.3),
+    "head": (128, 10, (0, 0), 4, 0.01, 0.3),
+    "head, smaller images": (96, 20, (0, 0), 4, 0.01, 0.02),
 }
 
 
@@ -515,7 +515,9 @@ def make_plan(
     Raises UserError if no rung fits.
     """
     if utils.parse_flags(__file__, argv, PLAN_SETTINGS).schedule == "plateau":
-        utils.refuse_flag("schedule", "plateau", "cosine with --minutes, so that it can end in time")
+        utils.refuse_flag(
+            "schedule", "plateau", "cosine with --minutes, so that it can end in time"
+        )
     deadline, counts = begin + 60 * args.minutes, train_split.labels.bincount().tolist()
     watch = Stopwatch(args, train_split, len(counts), precision, device)
 

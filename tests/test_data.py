@@ -264,7 +264,8 @@ def test_processes_validate_on_every_image_once_with_its_label():
     args, shares = settings(dataset="digits", batch_size=60), []
     for rank in range(3):
         place = utils.Processes(rank=rank, world_size=3)
-        _, loader, labels, _ = train.make_loaders(args, place, CPU)
+        train_split, val_split, _ = train.read_data(args, place, CPU)
+        _, loader, labels = train.make_loaders(args, place, CPU, train_split, val_split)
         assert loader.batch_size == 120
         shares.append(
             {image.numpy().tobytes(): label for image, label in zip(loader.images, labels)}
@@ -295,6 +296,9 @@ def test_train_per_class_takes_that_many_and_leaves_the_holdout_alone():
     assert torch.equal(labels[train].bincount(), torch.full((10,), 7))
     assert torch.equal(holdout, data.split_per_class(labels, 5)[1])
     assert not set(train.tolist()) & set(holdout.tolist())
+    rest, _ = data.split_per_class(labels, 5)  # fewer of what is left are the same images
+    fewer, _ = data.split_per_class(labels[rest], 0, 7)
+    assert torch.equal(rest[fewer], train)
 
 
 # ---- the data sets ------------------------------------------------------------------------------

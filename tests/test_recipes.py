@@ -183,11 +183,12 @@ def test_head_alone_leaves_the_backbone_and_its_statistics_as_they_were(finished
 def test_epochs_of_a_cosine_may_not_change(finished):
     path = finished("averaged") / "demo" / "last.pt"
     args = Namespace(**load(path)["constants"] | {"resume": True})
-    assert utils.find_checkpoint(path, args)["epoch"] == 2
+    checkpoint = utils.find_checkpoint(path, args)
+    utils.require_same_settings(checkpoint, path, args)
     args.epochs = 3
     message = "trained with EPOCHS = 2, where its cosine schedule ends, now it is 3"
     with pytest.raises(utils.UserError, match=message):
-        utils.find_checkpoint(path, args)
+        utils.require_same_settings(checkpoint, path, args)
 
 
 def test_weights_may_be_a_best_checkpoint_whose_head_is_used(finished, tmp_path):
@@ -513,7 +514,9 @@ def test_too_few_images_to_mix_or_of_a_class_are_one_message():
         ),
     ):
         with pytest.raises(SystemExit, match=message):
-            train.make_loaders(settings(dataset="digits", **changed), processes, cpu)
+            args = settings(dataset="digits", **changed)
+            train_split, val_split, _ = train.read_data(args, processes, cpu)
+            train.make_loaders(args, processes, cpu, train_split, val_split)
 
 
 if __name__ == "__main__":

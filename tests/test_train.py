@@ -54,10 +54,9 @@ def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     assert labels == [
         *(
             "device",
-            "settings",
             "data",
             "model",
-            "note",
+            "settings",
             "epoch",
             "epoch",
             "finished",
