@@ -136,11 +136,11 @@ PLAN_SETTINGS = {
 }
 LADDER = {
     # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images
-    "head, then all": (160, 10, (12, 30), 0, 0.01, 1),
-    "head, then three stages": (128, 10, (3, 12), 1, 0.015, 1),
-    "head, then two stages": (128, 8, (1, 2), 2, 0.03, 0.3),
-    "head": (128, 10, (0, 0), 4, 0.01, 0.3),
-    "head, smaller images": (96, 20, (0, 0), 4, 0.01, 0.02),
+    "head, then all": (160, 10, (12, 60), 0, 0.005, 1),
+    "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),
+    "head, then two stages": (128, 8, (1, 2), 2, 0.005, 0.3),
+    "head": (128, 10, (0, 0), 4, 0.005, 0.3),
+    "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),
 }
 
 
@@ -624,7 +624,7 @@ class Stopwatch:
 
     def forward(self, args: Namespace) -> float:
         """A forward pass for validation or features."""
-        batch_size = 32 if self.batches == 1 else args.val_batch_size
+        batch_size = min(64, args.val_batch_size) if self.batches == 1 else args.val_batch_size
         images = self.split.images[: batch_size * self.batches]
         loader = data.EvalLoader(images, batch_size, args.image_size)
 
