@@ -526,13 +526,13 @@ def make_plan(
         return sum_up(expect(candidate, watch, counts, val_images, roughly), candidate)
 
     def time_left() -> float:
-        return 0.96 * (deadline - time.perf_counter())
+        return 0.93 * (deadline - time.perf_counter())
 
     found = choose_rung(cost, time_left, max(counts))
     settings, least = utils.from_rank_0("plan", lambda: found)
     elapsed = time.perf_counter() - begin
     if not settings:
-        expected = f"{math.ceil((elapsed + least / 0.96) / 6) / 10:g} or more on this machine"
+        expected = f"{math.ceil((elapsed + least / 0.93) / 6) / 10:g} or more on this machine"
         raise utils.UserError(f"--minutes {args.minutes:g} is too short: expected {expected}")
     args = utils.parse_flags(__file__, argv, settings)
     check_combinations(args, utils.this_process().world_size)
@@ -544,7 +544,7 @@ def make_plan(
     utils.say("plan", f"{parts}: about {minutes:.1f} of {args.minutes:g} minutes")
     own = ("minutes", "resume", "resume_if_saved")
     utils.say("repeat", utils.command_of(__file__, args, without=own))
-    features_deadline = deadline - 1.02 * (seconds["head"] + seconds["save"])
+    features_deadline = deadline - 1.15 * (seconds["head"] + seconds["save"])
     epoch_seconds = max(seconds["epoch"], 1e-3)
     return args, Budget(deadline, features_deadline, epoch_seconds, seconds["save"], args.epochs)
 
@@ -708,7 +708,7 @@ def end_in_time(
     budget.save_seconds = save_seconds or budget.save_seconds
     left, end = budget.deadline - time.perf_counter(), done
     for epochs in range(math.ceil(run.end), begun, -1):  # that are begun in the end
-        saves = (epochs - begun) * budget.save_seconds
+        saves = 1.1 * (epochs - begun) * budget.save_seconds
         possible = min(run.end, epochs, done + (left - saves) / budget.epoch_seconds)
         if possible > max(done, epochs - 1):
             end = possible

@@ -86,13 +86,13 @@ def test_expected_seconds_are_those_worked_out_by_hand():
 @pytest.mark.parametrize(
     ("done", "left", "end"),
     [
-        (0.0, 4 * 110, 4),  # four epochs of 100 seconds, and 10 to save each
+        (0.0, 4 * 111, 4),  # four epochs of 100 seconds, and at most 11 to save each
         (0.0, 10_000, 4),  # never more than planned
-        (0.0, 4 * 110 - 50, 3.5),  # half an epoch less
-        (0.0, 3 * 110 + 9, 3),  # too little to save a fourth
-        (2.5, 50 + 10 + 25 + 10, 3.25),
-        (2.5, 20 + 10, 2.7),
-        (2.5, 10, 2.5),  # at once
+        (0.0, 4 * 111 - 50, 3.5),  # half an epoch less
+        (0.0, 3 * 111 + 10, 3),  # too little to save a fourth
+        (2.5, 50 + 11 + 25 + 11, 3.25),
+        (2.5, 20 + 11, 2.7),
+        (2.5, 11, 2.5),  # at once
         (0.0, 5, 0),
     ],
 )
