@@ -9,14 +9,11 @@
     python evaluate.py --check-data                 finds test images trained on, and wrong labels
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
 
-It computes as train.py validated: image size, batch size, precision and data set are those stored
-in the checkpoint. It prints a report and writes metrics.json (accuracies are fractions), tables and
-pictures into RESULTS_DIR; with --images only predictions.png and pictures.csv, with --results only
-comparison.png and comparison.json. In predictions.csv, index counts the images from 0 in the order
-of the official test file, or those of a folder, which file names, by class and name; label and
-predicted are class numbers, and confidence is the softmax of the predicted class. Rows of a
-confusion matrix are true classes, columns are predicted classes. Macro F1 is the mean over the
-classes with test images.
+Image size, batch size, precision and data set are those of the checkpoint. It prints a report and
+writes metrics.json (accuracies are fractions), tables and pictures into RESULTS_DIR. In
+predictions.csv, index counts the images from 0 in the order of the official test file, or those of
+a folder by class and name; confidence is the softmax of the predicted class. Rows of a confusion
+matrix are true classes. Macro F1 is the mean over the classes with test images.
 """
 
 import csv
@@ -235,9 +232,8 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "history": utils.read_history(classifier.path, checkpoint["history"]),
     }
     if result.classes == data.CLASSES:
-        summary["superclass_accuracy"] = data.count_superclasses(
-            data.by_superclass(result.matrix)
-        ).trace() / len(labels)
+        superclasses = data.count_superclasses(data.by_superclass(result.matrix))
+        summary["superclass_accuracy"] = superclasses.trace() / len(labels)
     if classifier.tta:
         summary["without_tta"] = score(views[0], labels)
     return summary
@@ -247,9 +243,8 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy and top-1 accuracy of logits (N, num_classes); top-5 of 6 or more."""
     loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
     scores = {"loss": loss, "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1))}
-    numbers = range(logits.shape[1])
-    if len(numbers) > 5:
-        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=numbers)
+    if (count := logits.shape[1]) > 5:
+        top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(count))
         scores["top5_accuracy"] = top5
     return scores
 
@@ -422,13 +417,12 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     """Difference of two mean accuracies on the same N images, and its 95 % interval.
 
     correct, other_correct: bool (runs, N). Two variances add up: that of the accuracies from run to
-    run, pooled because a few runs cannot tell which recipe spreads more; and that of the difference
-    from image to image, less the noise within the runs, which the first contains. The interval is
-    Student's t. Satterthwaite (1946, doi:10.2307/3002019) divides the runs' degrees of freedom by
-    the square of their share of the variance. With two runs a side that share is too uncertain: the
-    interval covers the truth 92 to 95 % of the time. Divided by the share itself, it does so 94 to
-    96 % of the time (tests/test_compare.py). A single run a side tells nothing of the runs: there
-    is the images' part alone, and McNemar's exact test (1947, doi:10.1007/BF02295996).
+    run, pooled, and that of the difference from image to image, less the noise within the runs,
+    which the first contains. The interval is Student's t. Satterthwaite (1946, doi:10.2307/3002019)
+    divides the runs' degrees of freedom by the square of their share of the variance, which covers
+    the truth 92 to 95 % of the time with two runs a side; divided by the share itself, 94 to 96 %
+    (tests/test_compare.py). A single run a side has the images' part alone, and McNemar's exact
+    test (1947, doi:10.1007/BF02295996).
     """
     sides, per_image = (correct, other_correct), correct.mean(0) - other_correct.mean(0)
     noise = np.concatenate([side - side.mean(0) for side in sides])  # (runs of both, N)
@@ -486,16 +480,15 @@ def print_comparison(these: list[Result], others: list[Result], comparison: dict
     else:
         spreads = f"other {np.std(other, ddof=1):.2f}, this {np.std(this, ddof=1):.2f} points"
         utils.say("seeds", f"standard deviation: {spreads}")
-    notes = {
-        "tta": " (averaging two views changes the accuracy by itself)",
-        "holdout_per_class": " (with 0, these images selected the checkpoint: optimistic)",
-    }
+    notes = {"tta": " (averaging two views changes the accuracy by itself)"}
+    notes["holdout_per_class"] = " (with 0, these images selected the checkpoint: optimistic)"
     for name, values in comparison["different_constants"].items():
         text = "other {other!r}, this {this!r}".format(**values)
         utils.say("differs", f"{name.upper()}: {text}{notes.get(name, '')}")
     if paired:
-        text = "two checkpoints, not two recipes: another SEED changes the accuracy too"
-        utils.say("caution", text)
+        utils.say(
+            "caution", "two checkpoints, not two recipes: another SEED changes the accuracy too"
+        )
     elif low <= 0 <= high:
         more = comparison["more_seeds"] or "over 100"
         seeds = f"about {more} more seed{'s' * (more != 1)} of each recipe"
