@@ -138,6 +138,7 @@ def planned(script) -> list[str]:
     return shlex.split(line)[3:]
 
 
+@pytest.mark.slow
 def test_printed_command_repeats_the_run_and_resume_follows_the_plan(folder, tmp_path):
     run = run_script("train.py", *RUN, "--epochs", "2", cwd=folder)
     assert run.status == 0, run.stderr
@@ -224,6 +225,7 @@ def test_what_cannot_be_planned_is_refused(flags, folder):
     assert script.status == 2 and "train.py: --" in script.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one_plan(folder):
     from test_processes import TORCHRUN, start
 

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,23 @@ def test_every_constant_is_a_flag_of_its_type(tmp_path):
     expected = {"epochs": 3, "rate": 0.01, "name": "a", "path": "x", "other": "x", "fast": True}
     assert vars(args) == expected | {"paths": ["x", "y"], "demo": False}
     assert parse(tmp_path, "--no-fast").fast is False
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train.py", "--learning-rate 1e-9 --freeze-batch-norm --epochs 7 --weights ''"),
+        ("train.py", "--dataset 'my photos' --stored-size 64 --weight-decay 0.1234567890123"),
+        ("evaluate.py", "--compare 'a b' c --no-show --tta"),
+    ],
+)
+def test_command_of_some_settings_gives_these_settings(script, flags):
+    path = str(ROOT / script)
+    args = utils.parse_flags(path, shlex.split(flags))
+    python, name, *words = shlex.split(utils.command_of(path, args, without=["seed"]))
+    assert (python, name) == ("python", script)
+    assert utils.parse_flags(path, words) == args
+    assert len(words) == len(shlex.split(flags))  # and nothing that is a default
 
 
 def test_edited_constant_keeps_its_type(tmp_path, capsys):
