@@ -10,26 +10,27 @@ tests/test_data.py compares them.
 """
 
 import math
+import os
 import socket
 import sys
 import tempfile
 import time
 import zlib
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 from tqdm import tqdm
@@ -287,41 +288,51 @@ def read_folder(
 ) -> tuple[Split, list[str]]:
     """The pictures in a folder's sub-folders, one per class, at size pixels per side.
 
-    Pictures that cannot be decoded are named on stderr and skipped. Raises DataError if a class has
-    no picture, or if a sub-folder is not one of the classes given.
+    Pictures that cannot be decoded are named on stderr and skipped; other files are counted. Raises
+    DataError if a class has no picture, unless the classes are given, or if a sub-folder is not one
+    of those.
     """
-    layout = _list_pictures(folder)
-    classes = list(classes or layout.classes)
+    layout, given = list_pictures(folder), list(classes)
+    classes = given or layout.classes
     if len(classes) < 2:
         raise DataError(f"{folder} has 1 class, {classes[0]}. Expected at least 2")
     for name in layout.classes:
         if name not in classes:
             raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
-    images = torch.empty(len(layout), 3, size, size, dtype=torch.uint8)
+    count = len(layout.files)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
 
     def read(index: int) -> str:
         """Stores a picture; returns why it cannot be decoded, if so."""
         try:
-            images[index] = read_picture(layout.samples[index][0], size)
+            images[index] = read_picture(layout.files[index], size)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
             return str(error) or type(error).__name__
         return ""
 
     with ThreadPool() as threads:  # Pillow lets threads decode at the same time
-        results = threads.imap(read, range(len(layout)))
+        results = threads.imap(read, range(count))
         off = quiet or None  # None: on if this is a terminal
-        errors = list(tqdm(results, "read", len(layout), unit="picture", leave=False, disable=off))
-    numbers = torch.tensor([classes.index(name) for name in layout.classes])
-    files = [Path(path).relative_to(folder.parent).as_posix() for path, _ in layout.samples]
-    split = Split(images, numbers[torch.tensor(layout.targets)], files)
-    for (path, _), error in zip(layout.samples, errors):
+        errors = list(tqdm(results, "read", count, unit="picture", leave=False, disable=off))
+    labels = [classes.index(layout.classes[number]) for number in layout.numbers]
+    files = [path.relative_to(folder.parent).as_posix() for path in layout.files]
+    split = Split(images, torch.tensor(labels, dtype=torch.int64), files)
+    for path, error in zip(layout.files, errors):
         if error and not quiet:
             print(f"skipped  {path}: {error}", file=sys.stderr)
+    if layout.ignored and not quiet:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in layout.ignored.most_common())
+        print(f"ignored  {folder}: files that are no pictures: {kinds}", file=sys.stderr)
     if any(errors):
         split = split.select(torch.tensor([not error for error in errors]))
-    for number in numbers.tolist():
+    needed = set(labels) if given else range(len(classes))
+    for number in sorted(needed):
         if number not in split.labels:
-            raise DataError(f"{folder / classes[number]}: none of its pictures can be decoded")
+            raise DataError(f"{folder / classes[number]} has no picture that can be decoded")
+    if not files:
+        raise DataError(f"{folder} has no picture")
     return split, classes
 
 
@@ -329,16 +340,57 @@ def _part_folder(settings: Namespace, part: str) -> Path:
     return Path(settings.dataset, {"train": "train", "test": "val"}[part])
 
 
-def _list_pictures(folder: Path) -> ImageFolder:
-    """The pictures and classes of a folder, none of them read yet. Raises DataError."""
+class Listing(NamedTuple):
+    """The pictures of a folder, none of them read yet."""
+
+    classes: list[str]
+    files: list[Path]
+    numbers: list[int]  # of their classes
+    ignored: Counter  # other files, by their endings
+
+
+def list_pictures(folder: Path) -> Listing:
+    """What can be decoded in a folder's sub-folders, one per class, and in those within them.
+
+    A picture is a file with an ending that Pillow can read. What programs hide beside pictures is
+    left out, and links that lead to a folder again are not followed. Raises DataError.
+    """
+    kinds = Image.registered_extensions()
+    endings = {ending for ending, kind in kinds.items() if kind in Image.OPEN}
+    listing = Listing([], [], [], Counter())
     try:
-        return ImageFolder(folder)
+        classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
+        if not classes:
+            raise OSError("no sub-folders")
     except OSError as error:
         raise DataError(
             f"{folder}: {error.strerror or error}\n"
             'Expected one sub-folder of pictures per class. --dataset is "cifar100", "digits" or a '
             "folder with train/ and val/"
         ) from error
+    for number, name in enumerate(classes):
+        listing.classes.append(name)
+        seen = set()
+        for root, folders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
+            real = os.path.realpath(root)
+            folders[:] = sorted(x for x in folders if not hidden(x)) if real not in seen else []
+            for path in [Path(root, x) for x in sorted(names)] if real not in seen else []:
+                if path.suffix.lower() in endings and path.is_file() and not hidden(path.name):
+                    listing.files.append(path)
+                    listing.numbers.append(number)
+                elif not hidden(path.name):
+                    listing.ignored[path.suffix or "without an ending"] += 1
+            seen.add(real)
+    return listing
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename}: {error.strerror}") from error
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder holds what a program keeps beside pictures."""
+    return name.startswith((".", "@", "__MACOSX"))
 
 
 def require_memory(
@@ -350,7 +402,7 @@ def require_memory(
     """
     if settings.dataset in BUILT_IN:
         return
-    count = sum(len(_list_pictures(_part_folder(settings, part))) for part in parts)
+    count = sum(len(list_pictures(_part_folder(settings, part)).files) for part in parts)
     size = count * 3 * (settings.stored_size or 32) ** 2
     for place, needed in ((torch.device("cpu"), 2 * size * processes), (device, size)):
         free = free_memory(place)
@@ -374,12 +426,24 @@ def free_memory(device: torch.device) -> float:
 
 
 def read_picture(path: str | Path, size: int) -> Tensor:
-    """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized."""
+    """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized.
+
+    What is transparent becomes white. Gray values of more than 8 bits, which convert("RGB") would
+    clip, are divided by the largest that their number of bits allows, 8, 10, 12, 14, 16 or 32,
+    fractions by 1; that number is the least that holds them.
+    """
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # a JPEG much larger is decoded at a reduced scale
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which convert("RGB") would clip
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":
+            values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+            most = [1] if image.mode == "F" else []
+            most += [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
+            top = next((x for x in most if values.max() <= x), values.max())
+            image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
 
 
@@ -392,9 +456,11 @@ def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
     for path in map(Path, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             try:
-                if not file.is_dir():
+                if file.is_file() or not file.exists():
                     images.append(read_picture(file, size))
                     files.append(file)
+            except MemoryError:
+                raise
             except Exception as error:  # noqa: BLE001, its type depends on what is wrong with it
                 print(f"skipped  {file}: {error}", file=sys.stderr)
     if not files:

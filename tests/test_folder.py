@@ -1,6 +1,7 @@
 """A folder of pictures in place of CIFAR-100: how it is read, trained on, evaluated and refused."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -88,9 +89,73 @@ def test_pictures_of_every_size_and_mode_are_read_and_broken_ones_named(tmp_path
     assert bright[others].float().sub(200).abs().max() < 12
     assert dark[one_bit].float().mean() < 100 < bright[one_bit].float().mean()
     skipped = sorted(capsys.readouterr().err.splitlines())
-    assert [line.split(": ")[0] for line in skipped] == [
-        f"skipped  {tmp_path / 'b' / name}" for name in ("corrupt.jpg", "empty.png")
-    ]
+    expected = [f"skipped  {tmp_path / 'b' / name}" for name in ("corrupt.jpg", "empty.png")]
+    assert [line.split(": ")[0] for line in skipped] == [f"ignored  {tmp_path}", *expected]
+
+
+def test_folders_that_people_have_are_read_as_they_expect(tmp_path, capsys):
+    """Four pictures of a and one of b; the rest is hidden, linked twice, or no picture."""
+    picture = Image.fromarray(np.full((8, 8, 3), 100, np.uint8))
+    for name in ("a/.ipynb_checkpoints", "a/ä ö", "b/@eaDir", ".thumbnails", "__MACOSX"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a/1.gif", "a/2.JFIF", "a/ä ö/3.Png", "a/new\nline.webp", "b/4.jpg"):
+        picture.save(tmp_path / name, format="JPEG" if name.endswith("JFIF") else None)
+    for name in ("a/.ipynb_checkpoints/1.png", "b/@eaDir/4.jpg", "b/._4.png", ".thumbnails/4.png"):
+        picture.save(tmp_path / name)
+    for name in ("a/notes.txt", "a/phone.HEIC", "b/LICENSE"):
+        (tmp_path / name).write_text("no picture")
+    os.mkfifo(tmp_path / "b/pipe.png")
+    for link in ("a/loop", "a/other loop", "a/ä ö/loop"):
+        (tmp_path / link).symlink_to(tmp_path / "a")
+    split, classes = read(tmp_path)
+    assert classes == ["a", "b"] and split.labels.tolist() == [0, 0, 0, 0, 1]
+    assert [Path(file).name for file in split.files][:3] == ["1.gif", "2.JFIF", "new\nline.webp"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ignored  {tmp_path}: files that are no pictures: ")
+    for kind in ("1 .txt", "1 .HEIC", "1 without an ending", "1 .png"):
+        assert kind in line
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        (np.array([[0, 1000, 4095]], np.uint16), 4095),  # 12 bits
+        (np.array([[0, 500, 40000]], np.uint16), 65535),
+        (np.array([[0, 128, 255]], np.int32), 255),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), 2**32 - 1),
+        (np.array([[0, 0.5, 1]], np.float32), 1),
+        (np.array([[np.nan, 100.5, 250]], np.float32), 255),
+    ],
+)
+def test_values_of_many_bits_keep_their_range(values, top, tmp_path):
+    Image.fromarray(np.repeat(np.tile(values, (3, 1)), 1, 1)).save(tmp_path / "a.tif")
+    gray = data.read_picture(tmp_path / "a.tif", 3)[0, 1]
+    expected = np.nan_to_num(values[0].astype(float)) * 255 / top
+    assert np.abs(gray.numpy() - expected).max() <= 0.5
+
+
+def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path):
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0] = [255, 0, 0, 255]  # the second row is black and transparent
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    red, white = data.read_picture(tmp_path / "a.png", 2)[:, :, 0].T.tolist()
+    assert (red, white) == ([255, 0, 0], [255, 255, 255])
+
+
+def test_memory_that_runs_out_does_not_skip_pictures(photos, monkeypatch):
+    def read_picture(path, size):
+        raise MemoryError
+
+    monkeypatch.setattr(data, "read_picture", read_picture)
+    with pytest.raises(MemoryError):
+        read(photos / "train")
+
+
+def test_a_class_without_pictures_in_val_is_one_that_is_not_validated(photos):
+    for path in (photos / "val" / "one").iterdir():
+        path.unlink()
+    _, val_split, _ = load_splits(photos)
+    assert val_split.labels.tolist() == [1] * 6
 
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path, monkeypatch):
@@ -237,13 +302,13 @@ def empty(name: str):
         (remove("train"), {}, r"photos/train: No such file or directory\nExpected one sub-folder"),
         (remove("train", "val"), {}, r"photos/val not found. Expected cifar100, digits, or a folder"),
         (remove("val"), {}, r"photos/val not found. .*without val/, --holdout-per-class 50"),
-        (remove("train/one", "train/zero"), {}, r"photos/train: Couldn't find any class folder"),
+        (remove("train/one", "train/zero"), {}, r"photos/train: no sub-folders"),
         (remove("train/one"), {}, r"photos/train has 1 class, zero. Expected at least 2"),
-        (lambda photos: (photos / "train/none").mkdir(), {}, "no valid file for the classes none"),
-        (empty("train/one"), {}, "train/one: none of its pictures can be decoded"),
-        (empty("val/zero"), {}, "val/zero: none of its pictures can be decoded"),
-        (lambda photos: (photos / "val/none").mkdir(), {}, "val: .*no valid file for the classes none"),
-        (remove("val/one", "val/zero"), {}, "photos/val: Couldn't find any class folder"),
+        (lambda photos: (photos / "train/none").mkdir(), {}, "train/none has no picture that can be"),
+        (empty("train/one"), {}, "train/one has no picture that can be decoded"),
+        (empty("val/zero"), {}, "val/zero has no picture that can be decoded"),
+        (lambda photos: (photos / "val/none").mkdir(), {}, "val/none is not one of the 2 classes"),
+        (remove("val/one", "val/zero"), {}, "photos/val: no sub-folders"),
         (lambda photos: (photos / "val/one").rename(photos / "val/two"), {},
          "val/two is not one of the 2 classes"),
         (remove(), {"holdout_per_class": 12}, "Class one has 12 .* --holdout-per-class 12"),
