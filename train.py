@@ -138,7 +138,7 @@ LADDER = {
     # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images
     "head, then all": (160, 10, (12, 60), 0, 0.005, 1),
     "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),
-    "head, then two stages": (128, 8, (1, 2), 2, 0.005, 0.3),
+    "head, then two stages": (128, 8, (1, 6), 2, 0.005, 0.3),
     "head": (128, 10, (0, 0), 4, 0.005, 0.3),
     "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),
 }

@@ -1,5 +1,6 @@
 """A folder of pictures in place of CIFAR-100: how it is read, trained on, evaluated and refused."""
 
+import csv
 import json
 import os
 import re
@@ -227,6 +228,19 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, tmp_path):
     assert script.status == 0, script.stderr
     rows = (tmp_path / "results/pictures.csv").read_text().splitlines()
     assert rows[0] == "file,class_1,probability_1,class_2,probability_2" and len(rows) == 13
+    # Reduced to the stored size, they are what was evaluated: the same confidence, without --tta.
+    script = run_script("evaluate.py", *flags[:3], *flags[-2:], "--results-dir", "r", cwd=tmp_path)
+    with open(tmp_path / "r/predictions.csv") as file:
+        evaluated = {Path(row["file"]).name + row["label"]: row for row in csv.DictReader(file)}
+    script = run_script(
+        "evaluate.py", *flags[:3], "--images", "moved/val", "--results-dir", "r", cwd=tmp_path
+    )
+    with open(tmp_path / "r/pictures.csv") as file:
+        for row in csv.DictReader(file):
+            path = Path(row["file"])
+            label = "01"[path.parent.name == "zero"]
+            confidence = float(evaluated[path.name + label]["confidence"])
+            assert float(row["probability_1"]) == pytest.approx(confidence, abs=1e-5)
 
 
 def test_folder_without_val_is_evaluated_on_its_hold_out(photos, tmp_path):
