@@ -624,7 +624,7 @@ class Stopwatch:
 
     def forward(self, args: Namespace) -> float:
         """A forward pass for validation or features."""
-        batch_size = min(64, args.val_batch_size) if self.batches == 1 else args.val_batch_size
+        batch_size = args.val_batch_size
         images = self.split.images[: batch_size * self.batches]
         loader = data.EvalLoader(images, batch_size, args.image_size)
 
@@ -677,7 +677,7 @@ class Stopwatch:
         if key not in self.measured:
             float(use())  # allocates memory and chooses kernels
             count, start = 0, time.perf_counter()
-            while not count or time.perf_counter() - start < 0.3:
+            while not count or time.perf_counter() - start < 1:
                 float(use())
                 count += 1
             self.measured[key] = (time.perf_counter() - start) / count / images
