@@ -21,6 +21,8 @@ from argparse import Namespace
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -276,7 +278,7 @@ def learning_rate_at(run: "Run", args: Namespace, epochs_done: float) -> float:
         return run.optimizer.param_groups[0]["lr"]
     if epochs_done < args.warmup_epochs:
         return args.learning_rate * (epochs_done / args.warmup_epochs)
-    progress = (epochs_done - args.warmup_epochs) / (run.end - args.warmup_epochs)
+    progress = (epochs_done - args.warmup_epochs) / max(run.end - args.warmup_epochs, 1e-9)
     return args.learning_rate * cosine(min(1, progress))
 
 
@@ -434,7 +436,7 @@ def compute_features(run: Run, loader: data.TrainLoader, args: Namespace) -> tup
     share = order[loader.rank :: loader.world_size]
     own_images = data.EvalLoader(loader.images[share], args.val_batch_size, args.image_size)
     if run.budget:
-        own_images.deadline = run.budget.features_deadline
+        own_images.is_late = partial(features_are_late, run.budget, time.perf_counter())
     own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
     computed = [int(length) for length in utils.exchange("features", str(len(own)))]
     features = own.new_zeros(len(order), own.shape[1])
@@ -493,8 +495,10 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
 class Budget:
     """The time that MINUTES gives, and the seconds that a run takes of it, as measured so far."""
 
+    margin = 1.1  # for a machine that gets slower, where nothing can be left out any more
     deadline: float  # time.perf_counter() by which the run has ended
-    features_deadline: float  # and by which the head's features are computed
+    features_seconds: float
+    head_seconds: float  # of the head's epochs
     epoch_seconds: float  # of an epoch's steps
     save_seconds: float  # of the validation and the save after it
     epochs: int  # as planned
@@ -515,9 +519,7 @@ def make_plan(
     Raises UserError if no rung fits.
     """
     if utils.parse_flags(__file__, argv, PLAN_SETTINGS).schedule == "plateau":
-        utils.refuse_flag(
-            "schedule", "plateau", "cosine with --minutes, so that it can end in time"
-        )
+        utils.refuse_flag("schedule", "plateau", "cosine with --minutes: its end can be planned")
     deadline, counts = begin + 60 * args.minutes, train_split.labels.bincount().tolist()
     watch = Stopwatch(args, train_split, len(counts), precision, device)
 
@@ -526,14 +528,16 @@ def make_plan(
         return sum_up(expect(candidate, watch, counts, val_images, roughly), candidate)
 
     def time_left() -> float:
-        return 0.93 * (deadline - time.perf_counter())
+        return (deadline - time.perf_counter()) / Budget.margin
 
     found = choose_rung(cost, time_left, max(counts))
     settings, least = utils.from_rank_0("plan", lambda: found)
     elapsed = time.perf_counter() - begin
     if not settings:
-        expected = f"{math.ceil((elapsed + least / 0.93) / 6) / 10:g} or more on this machine"
-        raise utils.UserError(f"--minutes {args.minutes:g} is too short: expected {expected}")
+        least = math.ceil((elapsed + Budget.margin * least) / 6) / 10
+        raise utils.UserError(
+            f"--minutes {args.minutes:g} is too short: expected {least:g} or more on this machine"
+        )
     args = utils.parse_flags(__file__, argv, settings)
     check_combinations(args, utils.this_process().world_size)
     seconds = expect(args, watch, counts, val_images)
@@ -544,9 +548,8 @@ def make_plan(
     utils.say("plan", f"{parts}: about {minutes:.1f} of {args.minutes:g} minutes")
     own = ("minutes", "resume", "resume_if_saved")
     utils.say("repeat", utils.command_of(__file__, args, without=own))
-    features_deadline = deadline - 1.15 * (seconds["head"] + seconds["save"])
-    epoch_seconds = max(seconds["epoch"], 1e-3)
-    return args, Budget(deadline, features_deadline, epoch_seconds, seconds["save"], args.epochs)
+    parts = [max(seconds[part], 1e-3) for part in ("features", "head", "epoch", "save")]
+    return args, Budget(deadline, *parts, args.epochs)
 
 
 def choose_rung(
@@ -673,15 +676,23 @@ class Stopwatch:
         return 3 * self.once(use, 1, "save")
 
     def once(self, use: Callable[[], Tensor | float], images: int, *key: object) -> float:
-        """Seconds per image of use(), whose number is read to wait for the device."""
+        """Seconds per image of the slowest of some use()s; its number is read to wait for them."""
         if key not in self.measured:
             float(use())  # allocates memory and chooses kernels
-            count, start = 0, time.perf_counter()
-            while not count or time.perf_counter() - start < 1:
+            times = [time.perf_counter()]
+            while len(times) < 3 or times[-1] - times[0] < 1:
                 float(use())
-                count += 1
-            self.measured[key] = (time.perf_counter() - start) / count / images
+                times.append(time.perf_counter())
+            self.measured[key] = max(end - start for start, end in pairwise(times)) / images
         return self.measured[key]
+
+
+def features_are_late(budget: Budget, start: float, done: float) -> bool:
+    """Whether the rest must begin, at the pace of the features so far, a fraction of all."""
+    now = time.perf_counter()
+    pace = max(1, (now - start) / (done * budget.features_seconds))
+    rest = pace * budget.margin * (budget.head_seconds * done + budget.save_seconds)
+    return now + rest > budget.deadline
 
 
 def follow_plan(argv: list[str] | None, args: Namespace, constants: dict) -> Namespace:
@@ -708,7 +719,7 @@ def end_in_time(
     budget.save_seconds = save_seconds or budget.save_seconds
     left, end = budget.deadline - time.perf_counter(), done
     for epochs in range(math.ceil(run.end), begun, -1):  # that are begun in the end
-        saves = 1.1 * (epochs - begun) * budget.save_seconds
+        saves = budget.margin * (epochs - begun) * budget.save_seconds
         possible = min(run.end, epochs, done + (left - saves) / budget.epoch_seconds)
         if possible > max(done, epochs - 1):
             end = possible

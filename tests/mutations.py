@@ -65,10 +65,10 @@ FAULTS = [
     ("data.py", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")', FOLDER),
     # --minutes
     ("train.py", "possible > max(done, epochs - 1)", "possible > epochs", PLAN),
-    ("train.py", "saves = 1.1 * (epochs - begun)", "saves = 1.1 * epochs", PLAN),
+    ("train.py", "margin * (epochs - begun)", "margin * epochs", PLAN),
     ("train.py", "once + args.epochs * seconds", "once + seconds", PLAN),
     ("train.py", "(2 * forward if roughly", "(4 * forward if roughly", PLAN),
-    ("train.py", "(run.end - args.warmup_epochs)", "(args.epochs - args.warmup_epochs)", PLAN),
+    ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", PLAN),
 ]  # fmt: skip
 
 

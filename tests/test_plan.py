@@ -98,7 +98,8 @@ def test_expected_seconds_are_those_worked_out_by_hand():
 )
 def test_run_ends_earlier_only_as_far_as_the_time_left_is_too_short(done, left, end, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: 1000)
-    budget = train.Budget(1000 + left, 0, epoch_seconds=70, save_seconds=7, epochs=4)
+    seconds = {"features_seconds": 0, "head_seconds": 0, "epoch_seconds": 70, "save_seconds": 7}
+    budget = train.Budget(1000 + left, **seconds, epochs=4)
     run, args = Namespace(end=4, budget=budget), Namespace(epochs=4)
     train.end_in_time(run, args, done, epoch_seconds=100, save_seconds=10)
     assert run.end == pytest.approx(end) and args.epochs == -(-end // 1)
@@ -184,6 +185,7 @@ def test_run_on_a_machine_that_becomes_slower_ends_in_time_with_its_whole_schedu
             monkeypatch.setattr(train, "train_step", slow_step)
 
     monkeypatch.setattr(train.Stopwatch, "once", measure)
+    monkeypatch.setattr(train.Stopwatch, "save", lambda self, args: 0.3)
     argv = [*RUN, "--minutes", "0.2", "--epochs", "4", "--batch-size", "4"]  # ten steps an epoch
     start = time.perf_counter()
     train.main(argv)
@@ -202,7 +204,7 @@ def test_features_for_which_there_is_no_time_are_left_out(folder, monkeypatch, c
 
     def late(*args, **options):
         args, budget = original(*args, **options)
-        budget.features_deadline = 0
+        budget.deadline = 0
         return args, budget
 
     monkeypatch.setattr(train, "make_plan", late)
