@@ -22,7 +22,6 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -585,9 +584,9 @@ def expect(
 ) -> dict[str, float]:
     """Seconds for the first save, features, the head's epochs, an epoch, a validation with its save.
 
-    counts: training images per class. roughly: a step as two forward passes, which is too little.
+    counts: training images per class. roughly: less than that, from a forward pass of small images.
     """
-    processes, forward = utils.this_process().world_size, watch.forward(args)
+    processes, forward = utils.this_process().world_size, watch.forward(args, roughly)
     images = sum(min(count, args.train_per_class or count) for count in counts)
     seconds = {"start": watch.save(args), "features": 0.0, "head": 0.0, "epoch": 0.0}
     seconds["save"] = seconds["start"] + forward * val_images / processes
@@ -625,8 +624,11 @@ class Stopwatch:
         self.model = resnet.build_model(args.architecture, num_classes)
         self.model.to(device, memory_format=data.memory_format(device))
 
-    def forward(self, args: Namespace) -> float:
-        """A forward pass for validation or features."""
+    def forward(self, args: Namespace, roughly: bool = False) -> float:
+        """A forward pass for validation or features; roughly: at least as long as this."""
+        if roughly and args.image_size > 96:
+            small = Namespace(**vars(args) | {"image_size": 96})
+            return 0.8 * self.forward(small) * (args.image_size / 96) ** 2
         batch_size = args.val_batch_size
         images = self.split.images[: batch_size * self.batches]
         loader = data.EvalLoader(images, batch_size, args.image_size)
@@ -676,14 +678,14 @@ class Stopwatch:
         return 3 * self.once(use, 1, "save")
 
     def once(self, use: Callable[[], Tensor | float], images: int, *key: object) -> float:
-        """Seconds per image of the slowest of some use()s; its number is read to wait for them."""
+        """Seconds per image of use(), whose number is read to wait for the device."""
         if key not in self.measured:
             float(use())  # allocates memory and chooses kernels
-            times = [time.perf_counter()]
-            while len(times) < 3 or times[-1] - times[0] < 1:
+            count, start = 0, time.perf_counter()
+            while not count or time.perf_counter() - start < 1:
                 float(use())
-                times.append(time.perf_counter())
-            self.measured[key] = max(end - start for start, end in pairwise(times)) / images
+                count += 1
+            self.measured[key] = (time.perf_counter() - start) / count / images
         return self.measured[key]
 
 
