@@ -142,6 +142,7 @@ LADDER = {
     "head, then two stages": (128, 8, (1, 6), 2, 0.005, 0.3),
     "head": (128, 10, (0, 0), 4, 0.005, 0.3),
     "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),
+    "head, smallest images": (64, 20, (0, 0), 4, 0.005, 0.02),
 }
 
 
@@ -626,9 +627,9 @@ class Stopwatch:
 
     def forward(self, args: Namespace, roughly: bool = False) -> float:
         """A forward pass for validation or features; roughly: at least as long as this."""
-        if roughly and args.image_size > 96:
-            small = Namespace(**vars(args) | {"image_size": 96})
-            return 0.8 * self.forward(small) * (args.image_size / 96) ** 2
+        if roughly and args.image_size > 64:
+            small = Namespace(**vars(args) | {"image_size": 64})
+            return 0.6 * self.forward(small) * (args.image_size / 64) ** 2
         batch_size = args.val_batch_size
         images = self.split.images[: batch_size * self.batches]
         loader = data.EvalLoader(images, batch_size, args.image_size)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torchvision
+from rescale_weights import rescale
 from scripts import settings
 from torch import nn
 
@@ -105,3 +106,22 @@ def test_predict_gives_every_image_its_logits_in_order():
     with torch.inference_mode():
         last = network.eval()(data.NormalizeAndResize(32, torch.device("cpu"))(images[6:] / 255))
     torch.testing.assert_close(logits[6:], last)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet50"])
+def test_rescaled_weights_compute_the_same_at_the_norms_of_the_initialization(architecture):
+    torch.manual_seed(0)
+    network, images = torchvision.models.get_model(architecture), torch.randn(2, 3, 64, 64)
+    initial = {name: x.norm() for name, x in network.state_dict().items() if x.ndim == 4}
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim == 4:
+            tensor.mul_(torch.empty(()).uniform_(2, 20))
+        elif name.endswith(("running_mean", "running_var", "bias")):
+            tensor.uniform_(0.5, 2)
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        rescaled = rescale(network.state_dict())
+        network.load_state_dict(rescaled)
+        torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
+    for name, norm in initial.items():
+        assert rescaled[name].norm() == pytest.approx(norm, rel=0.05), name
