@@ -7,7 +7,8 @@
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
-Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
+On an H200 it reached 77.39 % in 6.6 minutes; README.md tells from which weights, and what else was
+measured. Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
 """
 
 import copy
@@ -136,13 +137,14 @@ PLAN_SETTINGS = {
     "GRAYSCALE": 0.0,
 }
 LADDER = {
-    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images
-    "head, then all": (160, 10, (12, 60), 0, 0.005, 1),
-    "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),
-    "head, then two stages": (128, 8, (1, 6), 2, 0.005, 0.3),
-    "head": (128, 10, (0, 0), 4, 0.005, 0.3),
-    "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),
-    "head, smallest images": (64, 20, (0, 0), 4, 0.005, 0.02),
+    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images. Beside it,
+    # accuracy on 5,000 held-out images of CIFAR-100; a Xeon with AMX does 140 images/s at 128 px.
+    "head, then all": (160, 10, (12, 60), 0, 0.005, 1),  # for a GPU; not measured
+    "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),  # an hour of an EPYC: 76.8 % (test)
+    "head, then two stages": (128, 8, (1, 6), 2, 0.005, 0.3),  # 10 minutes of the Xeon: 70.6 %
+    "head": (128, 10, (0, 0), 4, 0.005, 0.3),  # 3 minutes: 68.1 %
+    "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),  # a minute: 57.4 %
+    "head, smallest images": (64, 20, (0, 0), 4, 0.005, 0.02),  # for slower machines
 }
 
 
