@@ -132,7 +132,7 @@ def test_same_command_starts_a_run_and_continues_it_when_requeued(tmp_path):
     assert not list((tmp_path / "demo").glob("earlier-*"))
 
 
-def test_first_line_after_the_device_holds_every_setting(finished_run):
+def test_settings_are_all_on_one_line(finished_run):
     out = next(finished_run.glob("*.out")).read_text()
     line = next(line for line in out.splitlines() if line.startswith("settings"))
     found = dict(setting.split("=", 1) for setting in line.split()[1:])
