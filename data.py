@@ -116,19 +116,24 @@ class DataError(SystemExit):
 
 
 def read_split(
-    settings: Namespace, part: str, classes: Sequence[str] = (), quiet: bool = False
+    settings: Namespace,
+    part: str,
+    classes: Sequence[str] = (),
+    quiet: bool = False,
+    processes: int = 1,
 ) -> tuple[Split, list[str]]:
     """The images and labels of one part, "train" or "test", on the CPU, and the class names.
 
     settings: dataset, data_dir and stored_size, as in train.py. For a folder: classes are the only
-    ones allowed, if given; quiet shows no progress and does not list skipped pictures. Raises
-    DataError.
+    ones allowed, if given; quiet shows no progress and does not list skipped pictures; processes on
+    this machine read at the same time. Raises DataError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
     if settings.dataset == "digits":
         return read_digits(part)
-    return read_folder(_part_folder(settings, part), settings.stored_size or 32, classes, quiet)
+    folder, size = _part_folder(settings, part), settings.stored_size or 32
+    return read_folder(folder, size, classes, quiet, processes)
 
 
 def fetch(settings: Namespace) -> None:
@@ -156,7 +161,7 @@ def read_splits(
     require_memory(
         settings, ["train"] if holdout_per_class else ["train", "test"], device, processes
     )
-    train_split, classes = read_split(settings, "train", quiet=quiet)
+    train_split, classes = read_split(settings, "train", (), quiet, processes)
     facts = {"classes": classes, "dataset": identify(settings, train_split)}
     counts = train_split.labels.bincount(minlength=len(classes))
     if counts.min() <= holdout_per_class:
@@ -170,7 +175,7 @@ def read_splits(
     if holdout_per_class:
         val_split = train_split.select(holdout)
     else:
-        val_split, _ = read_split(settings, "test", classes, quiet)
+        val_split, _ = read_split(settings, "test", classes, quiet, processes)
     facts["validation"] = identify(settings, val_split)
     return train_split.select(train), val_split, facts
 
@@ -283,7 +288,11 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
 
 
 def read_folder(
-    folder: Path, size: int, classes: Sequence[str] = (), quiet: bool = False
+    folder: Path,
+    size: int,
+    classes: Sequence[str] = (),
+    quiet: bool = False,
+    processes: int = 1,
 ) -> tuple[Split, list[str]]:
     """The pictures in a folder's sub-folders, one per class, at size pixels per side.
 
@@ -311,7 +320,8 @@ def read_folder(
             return str(error) or type(error).__name__
         return ""
 
-    with ThreadPool() as threads:  # Pillow lets threads decode at the same time
+    cores = (os.cpu_count() or 1) // processes
+    with ThreadPool(max(1, cores)) as threads:  # Pillow lets threads decode at the same time
         results = threads.imap(read, range(count))
         off = quiet or None  # None: on if this is a terminal
         errors = list(tqdm(results, "read", count, unit="picture", leave=False, disable=off))

@@ -143,6 +143,15 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path):
     assert (red, white) == ([255, 0, 0], [255, 255, 255])
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(1, 12), (4, 3), (99, 1)])
+def test_processes_share_the_cores_that_decode(processes, threads, photos, monkeypatch):
+    used, pool = [], data.ThreadPool
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(data, "ThreadPool", lambda count: used.append(count) or pool(1))
+    load_splits(photos, processes=processes)
+    assert used == [threads, threads]  # for train/ and for val/
+
+
 def test_memory_that_runs_out_does_not_skip_pictures(photos, monkeypatch):
     def read_picture(path, size):
         raise MemoryError
@@ -292,8 +301,9 @@ def test_resume_refuses_a_changed_val_folder(photos, tmp_path):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def load_splits(folder: Path, **changed):
-    return data.read_splits(settings(dataset=str(folder), stored_size=32, **changed), CPU)
+def load_splits(folder: Path, processes: int = 1, **changed):
+    args = settings(dataset=str(folder), stored_size=32, **changed)
+    return data.read_splits(args, CPU, processes)
 
 
 def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
