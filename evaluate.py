@@ -157,10 +157,13 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Spli
         _, holdout = data.split_per_class(split.labels, holdout_per_class)
         split, kind = split.select(holdout), "hold-out images, because there is no val/"
     utils.say("data", f"{name}: {len(split.labels):,} {kind}")
-    selected = held_out or not holdout_per_class
+    others = not held_out and dataset != classifier.checkpoint.get("validation", dataset)
+    selected = held_out or not (holdout_per_class or others)
     note = "these images were used neither to train nor to select the checkpoint"
     if selected:
         note = "the checkpoint was selected on these images: the numbers are optimistic"
+    elif others and not holdout_per_class:
+        note = "these are not the images that selected the checkpoint"
     utils.say("note", note)
     labels, facts = split.labels.numpy(), {"images": len(split.labels), "dataset": dataset}
     facts["test_images_chose_checkpoint"] = selected
@@ -273,8 +276,7 @@ def calibrate(result: Result, count: int = 15) -> tuple[np.ndarray, np.ndarray, 
     numbers = np.ceil(result.confidence * count).astype(int).clip(1, count) - 1
     sums = (np.bincount(numbers, x, count) for x in (None, result.correct, result.confidence))
     images, correct, confidence = sums
-    error = abs(correct - confidence).sum() / images.sum()
-    return images, correct / images.clip(1), error
+    return images, correct / images.clip(1), abs(correct - confidence).sum() / images.sum()
 
 
 def bootstrap_intervals(matrix: np.ndarray, resamples: int = 1000) -> dict[str, list[float]]:
@@ -952,9 +954,8 @@ def draw_comparison(these: list[Result], others: list[Result], comparison: dict)
     changes = largest_changes(comparison, 15)
     names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
     this, other = "steelblue", "darkorange"
-    figure = new_figure(12, 8)
-    panels = figure.subplot_mosaic([["f1", "runs"], ["f1", "difference"]])
-    left, upper, lower = panels.values()
+    panels = [["f1", "runs"], ["f1", "difference"]]
+    left, upper, lower = new_figure(12, 8).subplot_mosaic(panels).values()
     draw_bars(left, names, values, "%+.3f", color=[this if x > 0 else other for x in values])
     left.margins(x=0.2)
     left.set(ylim=(max(15, len(names)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other")
@@ -971,7 +972,7 @@ def draw_comparison(these: list[Result], others: list[Result], comparison: dict)
     lower.axvline(0, color="gray", linestyle=":")
     lower.set(xlabel="difference in points, this - other, with its 95 % interval", yticks=[])
     lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    return figure
+    return left.figure
 
 
 def open_window(path: Path) -> None:
@@ -1007,8 +1008,7 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
         figure.savefig(picture, dpi=150, bbox_inches="tight")
     for file, caption in zip(files, captions):
         print(f"{file}\n{caption}")
-    seen = f"the first {len(titles)} as the network sees them"
-    utils.say("results", f"{table}; {picture}: {seen}")
+    utils.say("results", f"{table}; {picture}: the first {len(titles)} as the network sees them")
     return picture
 
 

@@ -233,6 +233,8 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, tmp_path):
     compare = [*flags[:-1], "other", "--compare", "before"]
     script = run_script("evaluate.py", *compare, cwd=tmp_path)
     assert script.status == 1 and "its data set is '12 pictures, crc32" in script.stderr
+    script = run_script("evaluate.py", *compare[:-2], "--results-dir", "r", cwd=tmp_path)
+    assert "these are not the images that selected the checkpoint" in script.stdout
     script = run_script("evaluate.py", *flags, "--images", "moved/val", cwd=tmp_path)
     assert script.status == 0, script.stderr
     rows = (tmp_path / "results/pictures.csv").read_text().splitlines()
