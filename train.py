@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         args = follow_plan(argv, args, checkpoint["constants"])
         utils.require_same_settings(checkpoint, last, args)
+    elif this.rank == 0:
+        require_weights(args)  # before pictures are decoded
     precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
     utils.say("device", f"{utils.device_name(device)}, {precision}")
 
@@ -801,6 +803,14 @@ def make_model(
     return model.to(device, memory_format=data.memory_format(device))
 
 
+def require_weights(args: Namespace) -> None:
+    """Raises UserError if WEIGHTS is neither a name of torchvision's nor a file nor empty."""
+    names = resnet.weight_names(args.architecture)
+    if args.weights and args.weights not in names and not Path(args.weights).is_file():
+        expected = f'{", ".join(names)}, the path of a state_dict file, or ""'
+        raise utils.UserError(f"Weights {args.weights} not found. Expected {expected}")
+
+
 def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
     """Loads WEIGHTS into a new model, a checkpoint's head too if its classes are the same.
 
@@ -811,9 +821,6 @@ def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
         weights, own_classes = resnet.download_weights(args.architecture, args.weights), []
     elif not args.weights:
         return
-    elif not Path(args.weights).is_file():
-        expected = f'{", ".join(names)}, the path of a state_dict file, or ""'
-        raise utils.UserError(f"Weights {args.weights} not found. Expected {expected}")
     else:
         try:
             weights = utils.load_safely(args.weights, zip_only=False)

@@ -347,6 +347,13 @@ def test_folder_that_cannot_be_used_is_one_message(spoil, changed, message, phot
     assert str(error.value).count("\n") <= 1
 
 
+def test_weights_that_are_not_there_are_refused_before_anything_is_decoded(photos, monkeypatch):
+    monkeypatch.setattr(data, "read_folder", lambda *args: pytest.fail("decoded"))
+    monkeypatch.chdir(photos.parent)
+    with pytest.raises(SystemExit, match="Weights none.pth not found. Expected IMAGENET1K_V1, "):
+        train.main(["--dataset", "photos", *SIZE, "--weights", "none.pth"])
+
+
 def test_pictures_that_do_not_fit_into_memory_are_refused_with_the_numbers(photos, monkeypatch):
     """36 pictures at 100 pixels: 1.08 MB on the device, twice that on the host of each process."""
     free = {"cpu": 4_000_000, "cuda": 1_000_000}
