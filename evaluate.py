@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         classifier = Classifier(args)
         with writing_into(folder):
-            tempfile.TemporaryFile(dir=folder).close()  # rather fail now than after the network ran
+            pass  # rather fail now than after the network ran
         do = classify_pictures if args.images else evaluate
         picture = do(classifier, args, folder)
     if args.show:
@@ -205,9 +205,14 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     check = check_data(classifier, train, test, views.mean(0).softmax(1)) if train else None
     if check:
         result.summary["data_check"] = summarize_check(check, result, others)
-    write_tables(result, report, test.files, folder)
-    write_pictures(result, test.images, others, folder)
-    write_check(check, folder)
+    pictures = ("superclass_confusion_matrix", "comparison", "most_confused", "mistakes")
+    pictures += ("training_curves", "duplicates", "suspect_labels")  # which not every run has
+    outdated = [*(f"{name}.png" for name in pictures), "duplicates.csv", "suspect_labels.csv"]
+    with writing_into(folder, outdated) as new:
+        write_tables(result, report, test.files, new)
+        write_pictures(result, test.images, others, new)
+        if check:
+            write_check(check, new)
     print_numbers(result, report)
     if others:
         print_comparison([result], others, result.summary["comparison"])
@@ -369,10 +374,11 @@ def compare_results(args: Namespace, folder: Path) -> Path:
     first = read_result(args.results[0])
     sides = [[read_result(x, first) for x in paths] for paths in (args.results, args.compare)]
     comparison, picture = compare(*sides), folder / "comparison.png"
-    with writing_into(folder):
+    with writing_into(folder) as new:
         text = json.dumps(comparison, indent=2) + "\n"
-        (folder / "comparison.json").write_text(text, encoding="utf-8")
-        draw_comparison(*sides, comparison).savefig(picture, dpi=150, bbox_inches="tight")
+        (new / "comparison.json").write_text(text, encoding="utf-8")
+        figure = draw_comparison(*sides, comparison)
+        figure.savefig(new / picture.name, dpi=150, bbox_inches="tight")
     print_comparison(*sides, comparison)
     utils.say("results", f"{picture}, {folder / 'comparison.json'}")
     return picture
@@ -688,19 +694,14 @@ def print_check(check: DataCheck, summary: dict) -> None:
         utils.say("note", f"copies are those with a similarity above {check.threshold:.3f} {usual}")
 
 
-def write_check(check: DataCheck | None, folder: Path) -> None:
-    """Writes the tables and pictures of --check-data; without it, removes earlier ones."""
-    names = "duplicates", "suspect_labels"
-    with writing_into(folder):
-        for path in [folder / f"{name}.{suffix}" for name in names for suffix in ("csv", "png")]:
-            path.unlink(missing_ok=True)
-        if check:
-            figures = draw_copies(check), draw_suspects(check)
-            tables = (Pair, check.copies), (Suspect, check.suspects)
-            for name, (row, rows), figure in zip(names, tables, figures):
-                write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
-                if figure:
-                    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+def write_check(check: DataCheck, folder: Path) -> None:
+    """Writes the tables and pictures of --check-data."""
+    names, figures = ("duplicates", "suspect_labels"), (draw_copies(check), draw_suspects(check))
+    tables = (Pair, check.copies), (Suspect, check.suspects)
+    for name, (row, rows), figure in zip(names, tables, figures):
+        write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
+        if figure:
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
 def draw_copies(check: DataCheck) -> Figure:
@@ -732,11 +733,20 @@ def draw_suspects(check: DataCheck) -> Figure | None:
 
 
 @contextmanager
-def writing_into(folder: Path) -> Iterator[None]:
-    """Creates the results folder; raises UserError where it cannot be written."""
+def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder whose files go into the results folder together, at the end of the block.
+
+    outdated: files of earlier results to remove then. Where something cannot be written, the
+    earlier results stay as they were, and UserError is raised.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+            yield Path(new)
+            for name in outdated:
+                (folder / name).unlink(missing_ok=True)
+            for file in Path(new).iterdir():
+                file.replace(folder / file.name)
     except OSError as error:
         raise utils.UserError(
             f"{folder} cannot be written: {error.strerror or error}. Choose another --results-dir"
@@ -751,20 +761,19 @@ def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
 
 def write_tables(result: Result, report: str, files: Sequence[str], folder: Path) -> None:
     """Writes metrics.json, the report, the confusion matrix and the predictions."""
-    with writing_into(folder):
-        text = json.dumps(result.summary, indent=2) + "\n"
-        (folder / "metrics.json").write_text(text, encoding="utf-8")
-        (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
-        header = ["class", "precision", "recall", "f1-score", "support"]
-        rows = zip(result.classes, *result.scores, result.support)
-        write_csv(folder / "classification_report.csv", header, rows)
-        rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
-        write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
-        columns = [range(len(result.labels)), result.labels, result.predicted, result.confidence]
-        header = ["index", "label", "predicted", "confidence"]
-        if files:
-            columns, header = [*columns, files], [*header, "file"]
-        write_csv(folder / "predictions.csv", header, zip(*columns))
+    text = json.dumps(result.summary, indent=2) + "\n"
+    (folder / "metrics.json").write_text(text, encoding="utf-8")
+    (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
+    header = ["class", "precision", "recall", "f1-score", "support"]
+    rows = zip(result.classes, *result.scores, result.support)
+    write_csv(folder / "classification_report.csv", header, rows)
+    rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
+    write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
+    columns = [range(len(result.labels)), result.labels, result.predicted, result.confidence]
+    header = ["index", "label", "predicted", "confidence"]
+    if files:
+        columns, header = [*columns, files], [*header, "file"]
+    write_csv(folder / "predictions.csv", header, zip(*columns))
 
 
 def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:
@@ -785,14 +794,11 @@ def write_pictures(result: Result, images: Tensor, others: list[Result], folder:
         "mistakes": result.pairs and draw_mistakes(result, images),
         "training_curves": summary["history"] and draw_curves(summary),
     }
-    with writing_into(folder):
-        for name, figure in figures.items():
-            path = folder / f"{name}.png"
-            path.unlink(missing_ok=True)  # an earlier evaluation may have left it
-            if figure:
-                figure.savefig(path, dpi=150, bbox_inches="tight")
-            elif name in ("most_confused", "mistakes", "training_curves"):
-                utils.say("note", f"nothing to draw in {path.name}")
+    for name, figure in figures.items():
+        if figure:
+            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+        elif name in ("most_confused", "mistakes", "training_curves"):
+            utils.say("note", f"nothing to draw in {name}.png")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -1002,10 +1008,11 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files[:24], captions)]
     picture, table = folder / "predictions.png", folder / "pictures.csv"
     header = [f"{name}_{i + 1}" for i in range(len(rows[0])) for name in ("class", "probability")]
-    with writing_into(folder):
-        write_csv(table, ["file", *header], [[x, *sum(row, ())] for x, row in zip(files, rows)])
+    with writing_into(folder) as new:
+        rows = [[x, *sum(row, ())] for x, row in zip(files, rows)]
+        write_csv(new / table.name, ["file", *header], rows)
         figure = draw_tiles(images[:24], titles, columns=4, width=2.5)
-        figure.savefig(picture, dpi=150, bbox_inches="tight")
+        figure.savefig(new / picture.name, dpi=150, bbox_inches="tight")
     for file, caption in zip(files, captions):
         print(f"{file}\n{caption}")
     utils.say("results", f"{table}; {picture}: the first {len(titles)} as the network sees them")

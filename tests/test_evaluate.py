@@ -300,6 +300,32 @@ def test_a_results_folder_that_cannot_be_written_is_one_message(checkpoint, tmp_
         run_main(checkpoint, tmp_path / "file" / "results")
 
 
+def test_results_that_cannot_all_be_written_leave_the_earlier_ones_alone(
+    checkpoint, tmp_path, monkeypatch
+):
+    """A disk that is full at the fourth picture."""
+    run_main(checkpoint, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == TABLES | PICTURES
+    saved, save = [], evaluate.Figure.savefig
+
+    def savefig(self, path, **options):
+        saved.append(path)
+        if len(saved) == 4:
+            raise OSError(28, "No space left on device")
+        save(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Figure, "savefig", savefig)
+        with pytest.raises(SystemExit, match="cannot be written: No space left on device"):
+            run_main(checkpoint, tmp_path, "--tta")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "comparison.png").write_text("of an earlier evaluation")
+    run_main(checkpoint, tmp_path, "--tta")
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+    assert read_metrics(tmp_path)["tta"] is True
+
+
 def test_a_checkpoint_of_another_network_is_one_message(checkpoint, tmp_path):
     state = torch.load(checkpoint)
     state["classes"] = ["only", "two"]
