@@ -816,11 +816,11 @@ def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
 
     Raises UserError, or model.WeightsError, if they cannot be had or do not fit.
     """
-    names = resnet.weight_names(args.architecture)
-    if args.weights in names:
-        weights, own_classes = resnet.download_weights(args.architecture, args.weights), []
-    elif not args.weights:
+    require_weights(args)
+    if not args.weights:
         return
+    if args.weights in resnet.weight_names(args.architecture):
+        weights, own_classes = resnet.download_weights(args.architecture, args.weights), []
     else:
         try:
             weights = utils.load_safely(args.weights, zip_only=False)
