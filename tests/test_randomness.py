@@ -97,14 +97,14 @@ def test_head_sees_the_images_in_another_order_in_each_of_its_epochs():
     assert len(set(map(tuple, orders))) == 4
 
 
-@pytest.mark.parametrize(("watch", "factor"), [("accuracy", 1), ("loss", -1)])
-def test_schedule_and_best_epoch_follow_what_is_watched(watch, factor):
-    """Accuracy and loss rise for three epochs and then fall: one gets better as the other does not."""
+@pytest.mark.parametrize(("watch", "other"), [("accuracy", "loss"), ("loss", "accuracy")])
+def test_schedule_and_best_epoch_follow_what_is_watched(watch, other):
+    """What is watched rises for three epochs and then falls; the other rises all the time."""
     args = settings(watch=watch, scheduler_patience=0, scheduler_factor=0.5, learning_rate=1.0)
     run = train.make_run(args, nn.Linear(2, 2), "fp32")
     history, rates, best = [], [], []
     for epoch, value in enumerate((0.1, 0.2, 0.3, 0.25, 0.2), start=1):
-        row = {"epoch": epoch, "val_loss": value, "val_accuracy": value, "learning_rate": 1.0}
+        row = {"epoch": epoch, f"val_{watch}": value, f"val_{other}": epoch, "learning_rate": 1.0}
         history.append(row)
         best.append(train.finish_epoch(run, history, args))
         rates.append(run.optimizer.param_groups[0]["lr"])
