@@ -307,24 +307,7 @@ def read_folder(
     for name in layout.classes:
         if name not in classes:
             raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
-    count = len(layout.files)
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-
-    def read(index: int) -> str:
-        """Stores a picture; returns why it cannot be decoded, if so."""
-        try:
-            images[index] = read_picture(layout.files[index], size)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            return str(error) or type(error).__name__
-        return ""
-
-    cores = (os.cpu_count() or 1) // processes
-    with ThreadPool(max(1, cores)) as threads:  # Pillow lets threads decode at the same time
-        results = threads.imap(read, range(count))
-        off = quiet or None  # None: on if this is a terminal
-        errors = list(tqdm(results, "read", count, unit="picture", leave=False, disable=off))
+    images, errors = decode(layout.files, size, quiet, processes)
     labels = [classes.index(layout.classes[number]) for number in layout.numbers]
     files = [path.relative_to(folder.parent).as_posix() for path in layout.files]
     split = Split(images, torch.tensor(labels, dtype=torch.int64), files)
@@ -343,6 +326,26 @@ def read_folder(
     if not files:
         raise DataError(f"{folder} has no picture")
     return split, classes
+
+
+def decode(files: list[Path], size: int, quiet: bool, processes: int) -> tuple[Tensor, list[str]]:
+    """Pictures uint8 (N, 3, size, size), and why each cannot be decoded, "" if it can."""
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+
+    def read(index: int) -> str:
+        try:
+            images[index] = read_picture(files[index], size)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
+            return str(error) or type(error).__name__
+        return ""
+
+    cores, off = (os.cpu_count() or 1) // processes, quiet or None  # None: on if on a terminal
+    with ThreadPool(max(1, cores)) as threads:  # Pillow lets threads decode at the same time
+        results = threads.imap(read, range(len(files)))
+        bar = tqdm(results, "read", len(files), unit="picture", leave=False, disable=off)
+        return images, list(bar)
 
 
 def _part_folder(settings: Namespace, part: str) -> Path:
@@ -381,15 +384,17 @@ def list_pictures(folder: Path) -> Listing:
         listing.classes.append(name)
         seen = set()
         for root, folders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            real = os.path.realpath(root)
-            folders[:] = sorted(x for x in folders if not hidden(x)) if real not in seen else []
-            for path in [Path(root, x) for x in sorted(names)] if real not in seen else []:
-                if path.suffix.lower() in endings and path.is_file() and not hidden(path.name):
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(x for x in folders if not hidden(x))
+            for path in [Path(root, x) for x in sorted(names) if not hidden(x)]:
+                if path.suffix.lower() in endings and path.is_file():
                     listing.files.append(path)
                     listing.numbers.append(number)
-                elif not hidden(path.name):
+                else:
                     listing.ignored[path.suffix or "without an ending"] += 1
-            seen.add(real)
     return listing
 
 
@@ -399,7 +404,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 def hidden(name: str) -> bool:
     """Whether a file or folder holds what a program keeps beside pictures."""
-    return name.startswith((".", "@", "__MACOSX"))
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
 def require_memory(

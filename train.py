@@ -15,7 +15,6 @@ import copy
 import inspect
 import math
 import os
-import shlex
 import tempfile
 import time
 from argparse import Namespace
@@ -43,7 +42,7 @@ import utils
 # the constants; one that is missing from an older checkpoint takes its default below, so the
 # default of a new constant must leave its feature off.
 
-MINUTES = 0.0  # train the best network possible in this time, by LADDER; 0 for no limit [0.0, 1e5]
+MINUTES = 0.0  # plan a run that gets the most out of this time; 0: the constants as set [0.0, 1e5]
 
 # Files
 DATASET = "cifar100"  # "cifar100", "digits", or a folder with train/CLASS/ and val/CLASS/ pictures
@@ -138,12 +137,12 @@ PLAN_SETTINGS = {
 }
 LADDER = {
     # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images. Beside it,
-    # accuracy on 5,000 held-out images of CIFAR-100; a Xeon with AMX does 140 images/s at 128 px.
+    # accuracy on 5,000 held-out images of CIFAR-100; two cores of a Xeon with AMX.
     "head, then all": (160, 10, (12, 60), 0, 0.005, 1),  # for a GPU; not measured
     "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),  # EPYC, an hour, 0.015: 76.8 %
     "head, then two stages": (128, 10, (2, 6), 2, 0.005, 0.6),
     "head, then two stages, once": (128, 8, (1, 1), 2, 0.005, 0.3),  # 10 minutes: 70.6 %
-    "head": (128, 10, (0, 0), 4, 0.005, 0.3),  # 3 minutes: 68.1 %
+    "head": (128, 10, (0, 0), 4, 0.005, 0.3),  # 3:05 minutes: 68.1 %
     "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),  # a minute: 57.4 %
     "head, smallest images": (64, 20, (0, 0), 4, 0.005, 0.02),  # for slower machines
 }
@@ -179,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.minutes and not checkpoint:
         val_images = len(val_split.labels)
         args, budget = make_plan(argv, args, begin, train_split, val_images, precision, device)
+        chosen, _ = data.split_per_class(train_split.labels, 0, args.train_per_class)
+        train_split = train_split.select(chosen)
     elif device.type == "cpu" and not checkpoint and not args.demo:
         advice = "--minutes 60 trains the best network that this machine can in an hour"
         utils.say("note", f"without a GPU this can take days; {advice}")
@@ -242,12 +243,12 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
         correct_sum += correct
         bar.update(loader.batch_size)
         if step % args.log_every == 0 or step == steps:
-            mean_loss = loss_sum.item() / step  # of batch means; the loop's only synchronization
+            mean_loss = loss_sum.item() / step  # of batch means; here alone the host waits
             require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
             seconds = (time.perf_counter() - start) * steps / step
             end_in_time(run, args, epoch - 1 + step / steps, epoch_seconds=seconds)
-        if epoch - 1 + step / steps >= run.end:
+        if epoch - 1 + (step + 1) / steps > run.end + 1e-9:  # the next step would be too late
             break
     bar.close()
     speed, share = step * loader.batch_size / (time.perf_counter() - start), len(labels)
@@ -631,7 +632,7 @@ class Stopwatch:
         self.model.to(device, memory_format=data.memory_format(device))
 
     def forward(self, args: Namespace, roughly: bool = False) -> float:
-        """A forward pass for validation or features; roughly: at least as long as this."""
+        """A forward pass for validation or features; roughly: a lower bound, from smaller images."""
         if roughly and args.image_size > 64:
             small = Namespace(**vars(args) | {"image_size": 64})
             return 0.6 * self.forward(small) * (args.image_size / 64) ** 2
@@ -763,15 +764,13 @@ def make_loaders(
     val_split: data.Split,
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor]:
     """The loaders, on the device, and the labels of this process's validation images."""
-    train, _ = data.split_per_class(train_split.labels, 0, args.train_per_class)
-    sizes = len(train), len(val_split.labels)
+    sizes = len(train_split.labels), len(val_split.labels)
     if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
         raise utils.UserError(
             f"{sizes[0]} training and {sizes[1]} validation images are too few for "
             f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
         )
-    train_split = train_split.select(train).to(device)
-    train_loader = data.TrainLoader(train_split, args, this.rank, this.world_size)
+    train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
     val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
     val_loader = data.EvalLoader(val_split.images, args.val_batch_size, args.image_size)
     return train_loader, val_loader, val_split.labels
@@ -873,14 +872,6 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def epoch_line(row: dict[str, float], epochs: int) -> str:
     """The figures of an epoch on one line."""
     return (
@@ -906,12 +897,8 @@ def report(run: Run, args: Namespace, history: list[dict]) -> None:
     if run.budget and run.end < run.budget.epochs:
         planned = f"{run.end:.2f} epochs in place of {run.budget.epochs}, with the whole schedule"
         utils.say("note", f"the machine was slower than measured: {planned}")
-    defaults = utils.read_constants(str(Path(__file__).with_name("evaluate.py")))
-    command = ["python", "evaluate.py"]
-    for name, value in (("CHECKPOINT", str(path)), ("DATA_DIR", args.data_dir)):
-        if value != defaults[name].value:
-            command += [f"--{name.lower().replace('_', '-')}", value]
-    utils.say("next", shlex.join(command))
+    flags = Namespace(checkpoint=str(path), data_dir=args.data_dir)
+    utils.say("next", utils.command_of(str(Path(__file__).with_name("evaluate.py")), flags))
 
 
 if __name__ == "__main__":

@@ -143,11 +143,11 @@ def parse_flags(
 
 
 def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = ()) -> str:
-    """The command that gives a script the settings of args: a flag for each that is no default."""
+    """The command that gives a script the settings in args: a flag for each that is no default."""
     command = ["python", Path(script).name]
     for name, constant in read_constants(script).items():
-        value, flag = vars(args).get(name.lower()), name.lower().replace("_", "-")
-        if isinstance(constant.value, dict) or value == constant.value or name.lower() in without:
+        value, flag = vars(args).get(name.lower(), constant.value), name.lower().replace("_", "-")
+        if value == constant.value or name.lower() in without:
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")

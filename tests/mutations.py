@@ -60,7 +60,7 @@ FAULTS = [
     ("model.py", "nn.ModuleList(stem_and_stages).requires_grad_(False)", "pass", FROZEN),
     ("utils.py", "weights_only=True", "weights_only=False", CIFAR),
     ("data.py", "        except MemoryError:\n            raise\n        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", "        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", FOLDER),
-    ("data.py", 'return name.startswith((".", "@", "__MACOSX"))', "return False", FOLDER),
+    ("data.py", 'return name.startswith(".") or name in ("@eaDir", "__MACOSX")', "return False", FOLDER),
     ("data.py", "if values.max() <= x", "if x == 65535", FOLDER),
     ("data.py", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")', FOLDER),
     # --minutes

@@ -1,15 +1,17 @@
 """--minutes: what is chosen, that it ends in time, and that its command repeats the run."""
 
+import os
 import shlex
 import signal
 import time
 from argparse import Namespace
-from functools import partial
 
 import pytest
 import torch
 import torchvision
 from scripts import Script, run_script, settings
+from test_gpu import in_its_own_process, run_on_fake_gpu
+from test_processes import TORCHRUN, start
 from test_train import load
 
 import train
@@ -230,8 +232,6 @@ def test_what_cannot_be_planned_is_refused(flags, folder):
 
 @pytest.mark.slow
 def test_two_processes_follow_one_plan(folder):
-    from test_processes import TORCHRUN, start
-
     command = [*TORCHRUN, "--nproc-per-node", "2", str(utils.__file__).replace("utils", "train")]
     process = start([*command, *RUN, "--epochs", "1"], cwd=folder)
     out, err = process.communicate(timeout=120)
@@ -240,16 +240,10 @@ def test_two_processes_follow_one_plan(folder):
 
 
 def test_plan_runs_on_the_fake_gpu(folder):
-    from test_gpu import in_its_own_process
-
     assert in_its_own_process(plan_on_fake_gpu, str(folder)) == []
 
 
 def plan_on_fake_gpu(folder: str) -> list[str]:
-    import os
-
-    from test_gpu import run_on_fake_gpu
-
     os.chdir(folder)
-    gpu = run_on_fake_gpu(partial(train.main), " ".join([*RUN, "--epochs", "1"]))
+    gpu = run_on_fake_gpu(train.main, " ".join([*RUN, "--epochs", "1"]))
     return gpu.problems
