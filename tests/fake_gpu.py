@@ -64,7 +64,8 @@ class FakeGPU(TorchDispatchMode):
         elif len(there) < len(tensors):
             if func is not aten._to_copy.default and not loads:
                 raise self.problem(f"{func} mixes tensors of the CPU and the GPU")
-            self.transfers[f"copies to the GPU at {project_line()}"] += 1
+            if not (kwargs.get("non_blocking") and getattr(tensors[0], "pinned", False)):
+                self.transfers[f"copies to the GPU at {project_line()}"] += 1
             args = tree_map_only(Tensor, self.as_fake, args)
         try:
             self.check_arithmetic(func, args)
@@ -114,6 +115,13 @@ def read(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).fill_(NUMBER)
 
 
+def pin(tensor: Tensor) -> Tensor:
+    """A copy from which a copy to the GPU does not make the host wait."""
+    tensor = tensor.clone()
+    tensor.pinned = True
+    return tensor
+
+
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Those that matter: in a dimension of size 1 any will do."""
     return tuple(s for s, size in zip(tensor.stride(), tensor.shape) if size > 1)
@@ -141,8 +149,11 @@ def backward(loss: Tensor) -> None:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[FakeGPU]:
-    """Inside it torch finds one GPU. In a process of its own: a guard stays set when it ends."""
+def fake_gpu(free: float) -> Iterator[FakeGPU]:
+    """Inside it torch finds one GPU with so many free bytes.
+
+    In a process of its own: a guard stays set when it ends.
+    """
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)  # shows that torch.tensor(..., device="cuda") copies
     save = torch.save
@@ -157,12 +168,14 @@ def fake_gpu() -> Iterator[FakeGPU]:
             is_available=lambda: True,
             device_count=lambda: 1,
             set_device=lambda device: None,
+            mem_get_info=lambda device=None: (free, free),
             get_device_name=lambda device=None: "fake GPU",
             is_bf16_supported=lambda including_emulation=True: True,
         ),
         patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
         patch("torch.save", save_from_gpu),
         patch("torch.Tensor.backward", backward),
+        patch("torch.Tensor.pin_memory", pin),
         FakeGPU() as gpu,
     ):
         yield gpu

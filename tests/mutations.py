@@ -22,7 +22,9 @@ PICTURES, CIFAR, RANDOM = (
 )
 FROZEN = "tests/test_recipes.py -k frozen_stages"
 IMAGES = "tests/test_folder.py -k two_classes"
-FOLDER = "tests/test_folder.py -k 'memory or folders_that_people or many_bits or transparent'"
+FOLDER = "tests/test_folder.py -k 'not (trained or hold_out or goes_on or changed_val)'"
+INPUT, TRAIN, RECIPES = (f"tests/test_{name}.py" for name in ("data", "train", "recipes"))
+PROCESSES, FAULTY = "tests/test_processes.py", "tests/test_faults.py"
 PLAN = "tests/test_plan.py -k 'rung or hand or earlier or cosine or measured'"
 FAULTS = [
     # evaluate.py: numbers
@@ -40,8 +42,8 @@ FAULTS = [
     ("evaluate.py", "sns.heatmap(fractions,", "sns.heatmap(fractions.T,", PICTURES),
     ("evaluate.py", "result.most_confident[~result.correct[", "result.most_confident[result.correct[", PICTURES),
     ("evaluate.py", "np.argsort(-self.confidence, kind", "np.argsort(self.confidence, kind", PICTURES),
-    ("evaluate.py", "best = utils.best_epoch(history, watch)", "best = history[-1]", PICTURES),
-    ("evaluate.py", 'classifier.constants["stored_size"] or 32)\n    prob', '32)\n    prob', IMAGES),
+    ("utils.py", "best = best_epoch(history, watch)", "best = history[-1]", PICTURES),
+    ("evaluate.py", 'classifier.constants["stored_size"] or 32,', "32,", IMAGES),
     # randomness
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(self.settings.seed))\n        count", RANDOM),
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(0, epoch))\n        count", RANDOM),
@@ -63,6 +65,83 @@ FAULTS = [
     ("data.py", 'return name.startswith(".") or name in ("@eaDir", "__MACOSX")', "return False", FOLDER),
     ("data.py", "if values.max() <= x", "if x == 65535", FOLDER),
     ("data.py", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")', FOLDER),
+    # the command itself
+    ("train.py", '(checkpoint or vars(args))["precision"], device)', '"fp32", device)', TRAIN),
+    ("train.py", "if compile_it and utils", "if False and utils", TRAIN),
+    ("train.py", "utils.require_same_settings(checkpoint, last, args)", "pass", TRAIN),
+    ("train.py", "utils.move_aside(last.parent)", "pass", TRAIN),
+    ("train.py", "if should_stop(history, args) or epoch > args.epochs:", "if epoch > args.epochs:", TRAIN),
+    ("train.py", "threshold=0\n", "threshold=1e-4\n", TRAIN),
+    ("train.py", "run.scheduler.patience = args.scheduler_patience", "run.scheduler.patience = 2", TRAIN),
+    ("train.py", "bar.update(loader.batch_size)", "bar.update(1)", TRAIN),
+    ("train.py", "torch.zeros_like(parameter)", "torch.ones_like(parameter)", TRAIN),
+    ("train.py", "is_best = finish_epoch(run, history, args)", "is_best = finish_epoch(run, history, args) or True", TRAIN),
+    ("train.py", "utils.broadcast(run.validated.buffers())", "pass", RECIPES),
+    ("train.py", "decay = min(decay, (1 + steps) / (10 +", "decay = min(decay, (1 + steps) / (100 +", RECIPES),
+    ("train.py", "return args.learning_rate * cosine(min(1, progress))", "return args.learning_rate * (1 - min(1, progress))", RECIPES),
+    ("train.py", "labels = labels.argmax(1)", "labels = labels.argmin(1)", RECIPES),
+    ("train.py", "if run.average is not None:\n        run.average.load", "if False:\n        run.average.load", RECIPES),
+    ("train.py", "return len(labels) / (num_classes * counts)", "return num_classes * counts / len(labels)", RECIPES),
+    ("train.py", "options = {\"weight\": class_weights,", "options = {\"weight\": None,", RECIPES),
+    ("model.py", "module.weight.requires_grad and not freeze_batch_norm", "not freeze_batch_norm", RECIPES),
+    ("data.py", "np.where(cut, 1 - area, weight)", "np.where(cut, weight, weight)", RECIPES),
+    ("data.py", "(center - half).clip(0)", "(center - half)", RECIPES),
+    # saving, resuming, ending
+    ("utils.py", "os.fsync(file.fileno())", "pass", "tests/test_saving.py"),
+    ("utils.py", "os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())", "tests/test_saving.py"),
+    ("utils.py", 'if checkpoint["classes"] != data_facts["classes"]:', "if False:", TRAIN),
+    ("utils.py", "if was != now:", "if False:", "tests/test_folder.py -k 'goes_on or changed_val'"),
+    ("utils.py", 'checkpoint.get("launcher") != this.launcher', "False", PROCESSES),
+    ("utils.py", "except BrokenPipeError:", "except BufferError:", FAULTY),
+    ("utils.py", "128 + error.args[0]", "error.args[0]", FAULTY),
+    ("utils.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", FAULTY),
+    ("utils.py", "if not tensor.isfinite().all():", "if False:", FAULTY),
+    ("utils.py", "if damaged := archive.testzip():", "if damaged := None:", FAULTY),
+    ("utils.py", "member.compress_type != zipfile.ZIP_STORED", "False", FAULTY),
+    ("utils.py", "print(f\"{label:<8} {text}\", flush=True)", "print(f\"{label:<8} {text}\")", TRAIN),
+    ("utils.py", "if signal.getsignal(signum) != signal.SIG_IGN:", "if True:", "tests/test_utils.py"),
+    ("utils.py", "return own + rows[len(own) :] if", "return rows if", TRAIN + " tests/test_evaluate.py"),
+    ("utils.py", "time.time() - _modified(path) > 10", "False", TRAIN),
+    ("utils.py", "[i / len(head) - 1 for i in range(1, len(head) + 1)]", "[i / len(head) - 1 for i in range(len(head))]", PICTURES),
+    # constants as flags, devices, processes
+    ("utils.py", "settings |= {name.lower(): value for name, value in demo_settings.items()} | given", "settings |= {name.lower(): value for name, value in demo_settings.items()}", "tests/test_utils.py"),
+    ("utils.py", "fits = fits and low <= value <= high", "fits = fits and low <= value", "tests/test_utils.py"),
+    ("utils.py", "kind = type(allowed[0] if allowed else value)", "kind = type(value)", "tests/test_utils.py"),
+    ("utils.py", 'capabilities.get("avx512_bf16") or capabilities', "capabilities", "tests/test_utils.py"),
+    ("utils.py", "libc.mallopt(M_TRIM_THRESHOLD, -1)", "pass", "tests/test_utils.py"),
+    ("utils.py", "if first.get(name) != other.get(name):", "if False:", PROCESSES),
+    ("utils.py", "if this.machines > 1 and this.max_restarts:", "if False:", PROCESSES),
+    ("utils.py", "return [total / total_count for total in totals]", "return [total / count for total in totals]", RECIPES),
+    ("utils.py", "dist.all_reduce(values)", "pass", RECIPES),
+    # CIFAR-100's files
+    ("data.py", "socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)", "pass", FAULTY),
+    ("data.py", "damaged = path.exists() and not check_integrity(path, md5)", "damaged = False", FAULTY),
+    ("data.py", "md5=CIFAR100.tgz_md5", "md5=None", FAULTY),
+    # the images on the device
+    ("data.py", "return torch.where(per_image(mask), images.flip(3), images)", "return torch.where(per_image(mask), images.flip(2), images)", INPUT),
+    ("data.py", "(images - self.mean) / self.std", "(images - self.std) / self.mean", INPUT),
+    ("data.py", '"antialias": stored_size > size', '"antialias": False', FOLDER),
+    ("data.py", "cos * x - sin * y", "cos * x + sin * y", INPUT),
+    ("data.py", "(size - sides + 1)).floor()", "(size - sides)).floor()", INPUT),
+    ("data.py", ".clamp(min=0), length - 1) + start", ".clamp(min=0), length) + start", INPUT),
+    ("data.py", "uniform(math.log(3 / 4), math.log(4 / 3), count, 10).exp()", "uniform(3 / 4, 4 / 3, count, 10)", INPUT),
+    ("data.py", "return batch.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)", "return batch.flip(0)", RECIPES),
+    ("data.py", "rng = np.random.default_rng(100)", "rng = np.random.default_rng()", INPUT),
+    ("data.py", "expand(self.batch_size - len(rows))", "expand(0)", INPUT),
+    ("data.py", "self.rank * local_batch_size", "0", INPUT),
+    # pictures decoded once
+    ("data.py", "x.st_mtime_ns) for", "0) for", FOLDER),
+    ("data.py", 'zlib.crc32(images) != facts["crc32"]', "False", FOLDER),
+    ("data.py", "if outdated.stem != path.stem:", "if False:", FOLDER),
+    ("data.py", 'if part != "val" else ()', "", FOLDER),
+    ("data.py", "2 * images.nbytes <= free", "images.nbytes <= free", FOLDER),
+    ("data.py", "ImageOps.pad if whole else ImageOps.fit", "ImageOps.fit", FOLDER),
+    ("data.py", "image = ImageOps.exif_transpose(image)", "pass", FOLDER),
+    ("data.py", "for new, old in enumerate(good):\n                if new < old:", "for new, old in enumerate(good):\n                if False:", FOLDER),
+    # a model that needs only torch
+    ("evaluate.py", "difference > (1e-4 if", "difference > (1e4 if", CIFAR),
+    ("evaluate.py", "/ scale.clamp(min=1)", "/ scale", CIFAR),
+    ("evaluate.py", "(pixels - extent) / 2", "0 * pixels", CIFAR),
     # --minutes
     ("train.py", "possible > max(done, epochs - 1)", "possible > epochs", PLAN),
     ("train.py", "margin * (epochs - begun)", "margin * epochs", PLAN),

@@ -22,7 +22,13 @@ sys.path.insert(0, str(ROOT))
 
 # A whole run in seconds: four scans of each digit in two steps per epoch, validated on two others.
 TINY = ["--demo", "--train-per-class", "4", "--holdout-per-class", "2", "--batch-size", "20"]
-TINY += ["--log-every", "1", "--precision", "fp32"]  # bf16 is slow where the CPU must emulate it
+TINY += [
+    "--log-every",
+    "1",
+    "--no-curves",
+    "--precision",
+    "fp32",
+]  # bf16 is slow where the CPU must emulate it
 # In place of the demo's recipe: the usual momentum, no moving average, and augmentation.
 CLASSIC = "--learning-rate 0.02 --momentum 0.9 --ema-decay 0 --crop-padding 2"
 CLASSIC += " --brightness 0.2 --contrast 0.2 --rotation 10"
@@ -32,6 +38,7 @@ TINY += CLASSIC.split()
 AUGMENTATION = {
     "flip": 0.5,
     "crop_padding": 4,
+    "random_scale": 0.3,
     "brightness": 0.4,
     "contrast": 0.4,
     "saturation": 0.4,

@@ -302,7 +302,9 @@ def test_planted_wrong_labels_come_first(planted):
 
 def test_every_name_is_that_of_its_picture(planted):
     """A picture that cannot be read comes before all others."""
-    split, _ = data.read_folder(planted.folder / "photos/val", 32)
+    listing, _ = data.list_pictures(planted.folder / "photos/val")
+    place = settings(stored_size=32, data_dir=str(planted.folder / "data"))
+    split = data.load(listing, "val", place)
     rows = read_csv(planted.folder / "results/predictions.csv")
     assert [row["file"] for row in rows] == list(split.files) and len(rows) == 200
     for name, image, row in zip(split.files, split.images, rows):
@@ -362,9 +364,9 @@ def classifier(finished_run) -> evaluate.Classifier:
 
 def test_images_checked_are_those_trained_on_by_their_official_index(classifier):
     args = utils.parse_flags(evaluate.__file__, [])
-    split = evaluate.read_training_images(classifier, args)
+    split, _ = evaluate.read_part(classifier, args, "train")
     trained, held_out, _ = data.read_splits(
-        settings(dataset="digits", train_per_class=4, holdout_per_class=2), CPU
+        settings(dataset="digits", train_per_class=4, holdout_per_class=2)
     )
     assert torch.equal(split.images, trained.images) and torch.equal(split.labels, trained.labels)
     official, _ = data.read_digits("train")

@@ -6,14 +6,21 @@ Every number is recomputed from the labels and the network's logits by other mea
 import csv
 import json
 import pickle
+import re
+import subprocess
+import sys
 from hashlib import md5
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from scripts import ROOT
 from sklearn import metrics
 from torchvision.datasets import CIFAR100
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import evaluate
@@ -145,3 +152,68 @@ def test_a_damaged_file_of_weights_cannot_run_code(tmp_path, monkeypatch):
     with pytest.raises(utils.UserError, match="weights.pth is not a state_dict file that can be"):
         train.main(["--demo", "--weights", "weights.pth"])
     assert not (tmp_path / "harm").exists()
+
+
+# ---- a model that needs only torch --------------------------------------------------------------
+
+EXPORT = ["--data-dir", "small", "--checkpoint", "run/best.pt", "--no-show"]
+EXPORT += ["--export", "model.pt2"]
+(SNIPPET,) = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+)
+MORE = """
+import sys
+assert not {"data", "evaluate", "model", "train", "utils"} & set(sys.modules)
+predicted = model(torch.load("images.pt")).argmax(1).tolist()
+classes = json.loads(names["classes.json"])
+print(json.dumps([[classes[i] for i in predicted], model(photo[None])[0].tolist()]))
+"""
+
+
+def test_readme_uses_an_exported_model_that_predicts_the_same_without_this_repo(
+    small_cifar100, capsys
+):
+    evaluate.main(EXPORT)
+    said = capsys.readouterr().out
+    assert "model.pt2: 199 of 199 images are classified as above, probabilities differ" in said
+    images = torch.from_numpy(small_cifar100["data"]).view(-1, 3, 32, 32)
+    torch.save(images, "images.pt")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # as a phone that was held upright stores it
+    photo = to_pil_image(F.interpolate(images[:2].float(), (300, 401), mode="bicubic")[0] / 255)
+    photo.save("photo.jpg", exif=exif)
+    flags = "--checkpoint run/best.pt --no-show --images photo.jpg --results-dir photo"
+    evaluate.main(flags.split())
+    command = [sys.executable, "-I", "-c", SNIPPET + MORE]  # -I: without this repo
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said, numbers = done.stdout.splitlines()
+    classes, probabilities = json.loads(numbers)
+    assert said == data.CLASSES[np.argmax(probabilities)]
+    with open("results/predictions.csv") as file:
+        assert classes == [data.CLASSES[int(row["predicted"])] for row in csv.DictReader(file)]
+    with open("photo/pictures.csv") as file:
+        (row,) = csv.DictReader(file)
+    for place in "12345":  # evaluate.py decodes large JPEGs at a reduced scale
+        label = data.CLASSES.index(row[f"class_{place}"])
+        assert probabilities[label] == pytest.approx(float(row[f"probability_{place}"]), rel=0.02)
+
+
+def test_export_that_predicts_something_else_is_not_written(small_cifar100, tmp_path):
+    flags = ["--checkpoint", "run/best.pt", "--data-dir", "small"]
+    classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
+    images, others = torch.zeros(2, 3, 32, 32).byte(), torch.eye(100)[:2]
+    with pytest.raises(SystemExit, match="model.pt2 is not written: its probabilities differ by "):
+        evaluate.export(classifier, images, others, tmp_path / "model.pt2")
+    assert not list(Path().glob("*.pt2")) and not list(Path().glob(".export*"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_exported_preprocessing_is_that_of_training_but_for_rounding(whole, tmp_path):
+    portable = evaluate.Portable(torch.nn.Identity(), 32, 48, whole)
+    for shape in ((32, 32), (400, 300), (20, 90), (1, 1), (33, 2000), (301, 400), (3, 5)):
+        noise = torch.rand(1, 3, *(-(-side // 3) for side in shape)) * 255
+        picture = F.interpolate(noise, shape, mode="bilinear").byte()
+        to_pil_image(picture[0]).save(tmp_path / "picture.png")
+        expected = data.read_picture(tmp_path / "picture.png", 32, whole)
+        difference = (portable.make_square(picture)[0] - expected.float()).abs()
+        assert difference.max() <= 1 and difference.mean() < 0.01, shape

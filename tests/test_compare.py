@@ -2,9 +2,6 @@
 
 import csv
 import json
-import re
-import subprocess
-import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -17,7 +14,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 from scipy.special import ndtr, ndtri
-from scripts import ROOT, run_script
+from scripts import run_script
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
@@ -576,26 +573,3 @@ def test_pictures_csv_has_what_is_printed(checkpoints, photo):
     assert [line.split() for line in lines] == [
         [f"{100 * share:.2f}", "%", first[f"class_{rank}"]] for rank, share in enumerate(shares, 1)
     ]
-
-
-def test_readme_snippet_classifies_without_this_repo_as_evaluate_does(checkpoints, photo):
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    snippet = next(block for block in blocks if "best.pt" in block)
-    assert len([line for line in snippet.splitlines() if line.strip()]) <= 8
-    folder = photo.parent
-    state = torch.load(checkpoints[1])
-    state["constants"]["image_size"] = 48  # so that the image must be enlarged
-    (folder / "checkpoints").mkdir()
-    utils.save_checkpoint(folder / "checkpoints" / "best.pt", state)
-
-    code = snippet + "print(model(image[None]).softmax(1).max().item())"
-    command = [sys.executable, "-I", "-c", code]  # -I: nothing of this repo can be imported
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    name, probability = run.stdout.splitlines()
-    results, _ = run_main(folder / "checkpoints" / "best.pt", folder / "r", "--images", photo)
-    with open(results / "pictures.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert name == row["class_1"]
-    assert float(probability) == pytest.approx(float(row["probability_1"]), abs=0.01)

@@ -88,6 +88,18 @@ def test_crop_with_padding_matches_torchvision_exactly(count):
     assert torch.equal(data.crop(images, top, left, 4), expected)
 
 
+def test_enlarged_boxes_match_torchvision():
+    boxes = data.draw_boxes(0.01, 39, 32, torch.Generator().manual_seed(0)).long()
+    boxes = torch.cat([boxes, torch.tensor([[0, 0, 32, 32], [31, 0, 1, 1], [3, 5, 1, 32]])])
+    images = some_images()[torch.arange(len(boxes)) % 40]
+    expected = [
+        functional.resized_crop(image, *box, [32, 32], antialias=True)
+        for image, box in zip(images, boxes.tolist())
+    ]
+    ours = data.enlarge(images, boxes.float())
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=0, atol=1e-5)
+
+
 def test_grayscale_matches_torchvision():
     images, mask = (some_images() * 255).byte(), torch.arange(40) % 2 == 0
     expected = images.float() / 255
@@ -107,7 +119,7 @@ def test_resize_and_normalise_match_torchvision(size):
 
 
 def test_whole_augmentation_matches_torchvision_in_its_order():
-    """Flip, crop, jitter in the given order, rotation, grayscale: torchvision, image by image."""
+    """Flip, crops, jitter in the given order, rotation, grayscale: torchvision, image by image."""
     images = (some_images() * 255).byte()
     parameters = data.draw_parameters(
         settings(**AUGMENTATION), 40, 32, torch.Generator().manual_seed(2)
@@ -115,10 +127,11 @@ def test_whole_augmentation_matches_torchvision_in_its_order():
     jitter_order = [2, 0, 3, 1]
     ours = data.augment(images, parameters, 4, jitter_order)
     for i, image in enumerate(images):
-        p = {name: values[i].item() for name, values in parameters.items()}
+        p = {name: values[i].tolist() for name, values in parameters.items()}
         image = functional.horizontal_flip(image) if p["flip"] else image
         image = functional.crop(functional.pad(image, [4]), p["top"], p["left"], 32, 32)
         image = functional.to_dtype(image, torch.float32, scale=True)
+        image = functional.resized_crop(image, *map(int, p["box"]), [32, 32])
         for name in ("saturation", "brightness", "hue", "contrast"):
             image = getattr(functional, f"adjust_{name}")(image, p[name])
         image = functional.rotate(image, p["angle"], InterpolationMode.BILINEAR)
@@ -155,6 +168,17 @@ def test_hue_and_angle_are_distributed_as_torchvisions():
     assert_same_distribution(
         ours["angle"], [rotation.make_params([])["angle"] for _ in range(4000)]
     )
+
+
+@pytest.mark.parametrize("least", [0.08, 0.9])
+def test_boxes_are_distributed_as_torchvisions(least):
+    ours = data.draw_boxes(least, 20_000, 32, torch.Generator().manual_seed(10))
+    torch.manual_seed(11)
+    crop, image = v2.RandomResizedCrop(32, (least, 1.0)), [torch.zeros(3, 32, 32)]
+    theirs = [crop.make_params(image) for _ in range(4000)]
+    for column, name in enumerate(("top", "left", "height", "width")):
+        assert_same_distribution(ours[:, column], [drawn[name] for drawn in theirs])
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all()
 
 
 def assert_same_distribution(ours, theirs) -> None:
@@ -264,7 +288,7 @@ def test_processes_validate_on_every_image_once_with_its_label():
     args, shares = settings(dataset="digits", batch_size=60), []
     for rank in range(3):
         place = utils.Processes(rank=rank, world_size=3)
-        train_split, val_split, _ = train.read_data(args, place, CPU)
+        train_split, val_split, _ = train.read_data(args, place)
         _, loader, labels = train.make_loaders(args, place, CPU, train_split, val_split)
         assert loader.batch_size == 120
         shares.append(

@@ -461,7 +461,7 @@ COLUMNS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning
 @pytest.mark.parametrize("epochs", [1, 2, 30, 300])
 def test_curves_are_over_whole_epochs(epochs):
     history = [{"epoch": e} | dict.fromkeys(COLUMNS, 0.5 / e) for e in range(1, epochs + 1)]
-    figure = evaluate.draw_curves({"history": history, "constants": {"watch": "loss"}})
+    figure = utils.draw_curves(history, "loss")
     figure.canvas.draw()
     for axes in figure.axes[:2]:
         assert [len(line.get_xdata()) for line in axes.get_lines()] == [epochs, epochs, 1]
@@ -484,7 +484,7 @@ def test_curves_name_what_selected_the_best_epoch_and_what_was_augmented():
         (history, "loss", 1, "training, augmented from epoch 1"),
         (history[1:], "accuracy", 2, "training, augmented"),
     ]:
-        figure = evaluate.draw_curves({"history": rows, "constants": {"watch": watch}})
+        figure = utils.draw_curves(rows, watch)
         for axes, values in zip(figure.axes, (losses, accuracies)):
             lines = {line.get_label(): line for line in axes.get_lines()}
             star = lines[f"best epoch by validation {watch}: {best}"]

@@ -508,6 +508,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
     """Serves the archive well at /good, and badly in the ways that mirrors have."""
 
     archive = b""
+    left = threading.Event()  # set when the client has given up
 
     def do_GET(self) -> None:
         kind = self.path.split("/")[1]
@@ -515,7 +516,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             self.send_error(503)
             return
         if kind == "hang":
-            time.sleep(3)
+            self.left.wait(20)
             return
         body = {
             "page": b"<html>It works!</html>",
@@ -545,7 +546,10 @@ def test_bad_mirror_is_passed_over_for_the_next(
 ):
     urls = [f"{mirror}/{kind}/cifar-100-python.tar.gz" for kind in (fault, "good")]
     pretend(small_cifar100, urls, monkeypatch.setattr)
+    start = time.monotonic()
     data.fetch_cifar100(str(tmp_path / "data"))
+    assert time.monotonic() - start < 15  # it would hang for 20
+    Mirror.left.set()
     for path in (small_cifar100 / "cifar-100-python").iterdir():
         copy = tmp_path / "data" / "cifar-100-python" / path.name
         assert copy.read_bytes() == path.read_bytes()

@@ -43,8 +43,10 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def read(folder: Path, size: int = 32, **options):
-    return data.read_folder(folder, size, **options)
+def read(folder: Path, size: int = 32, **changed) -> tuple[data.Split, list[str]]:
+    listing, classes = data.list_pictures(folder)
+    place = settings(stored_size=size, data_dir=str(folder.parent / "decoded"), **changed)
+    return data.load(listing, "val", place), classes
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -95,12 +97,19 @@ def test_pictures_of_every_size_and_mode_are_read_and_broken_ones_named(tmp_path
 
 
 def test_folders_that_people_have_are_read_as_they_expect(tmp_path, capsys):
-    """Four pictures of a and one of b; the rest is hidden, linked twice, or no picture."""
+    """Seven pictures of a and one of b; the rest is hidden, linked twice, or no picture."""
     picture = Image.fromarray(np.full((8, 8, 3), 100, np.uint8))
     for name in ("a/.ipynb_checkpoints", "a/ä ö", "b/@eaDir", ".thumbnails", "__MACOSX"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("a/1.gif", "a/2.JFIF", "a/ä ö/3.Png", "a/new\nline.webp", "b/4.jpg"):
-        picture.save(tmp_path / name, format="JPEG" if name.endswith("JFIF") else None)
+    kinds = {
+        "a/2.JFIF": "JPEG",
+        "a/lies.png": "GIF",
+        "a/nothing": "PNG",
+        "a/photo.jpg_large": "JPEG",
+    }
+    names = [*kinds, "a/1.gif", "a/ä ö/3.Png", "a/new\nline.webp", "b/4.jpg"]
+    for name in names:
+        picture.save(tmp_path / name, format=kinds.get(name))
     for name in ("a/.ipynb_checkpoints/1.png", "b/@eaDir/4.jpg", "b/._4.png", ".thumbnails/4.png"):
         picture.save(tmp_path / name)
     for name in ("a/notes.txt", "a/phone.HEIC", "b/LICENSE"):
@@ -109,8 +118,9 @@ def test_folders_that_people_have_are_read_as_they_expect(tmp_path, capsys):
     for link in ("a/loop", "a/other loop", "a/ä ö/loop"):
         (tmp_path / link).symlink_to(tmp_path / "a")
     split, classes = read(tmp_path)
-    assert classes == ["a", "b"] and split.labels.tolist() == [0, 0, 0, 0, 1]
-    assert [Path(file).name for file in split.files][:3] == ["1.gif", "2.JFIF", "new\nline.webp"]
+    assert classes == ["a", "b"] and split.labels.tolist() == [0] * 7 + [1]
+    assert {file.removeprefix(f"{tmp_path.name}/") for file in split.files} == set(names)
+    assert (split.images - 100).abs().max() < 3
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ignored  {tmp_path}: files that are no pictures: ")
     for kind in ("1 .txt", "1 .HEIC", "1 without an ending", "1 .png"):
@@ -143,17 +153,66 @@ def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path):
     assert (red, white) == ([255, 0, 0], [255, 255, 255])
 
 
-@pytest.mark.parametrize(("processes", "threads"), [(1, 12), (4, 3), (99, 1)])
-def test_processes_share_the_cores_that_decode(processes, threads, photos, monkeypatch):
-    used, pool = [], data.ThreadPool
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    monkeypatch.setattr(data, "ThreadPool", lambda count: used.append(count) or pool(1))
-    load_splits(photos, processes=processes)
-    assert used == [threads, threads]  # for train/ and for val/
+def test_whole_pictures_are_padded_to_squares(photos, tmp_path):
+    pixels = np.full((8, 16, 3), 200, np.uint8)
+    pixels[:, :4] = 50  # what the centre square leaves out
+    for path in (photos / "train").rglob("*.png"):
+        Image.fromarray(pixels).save(path)
+    centre, whole = (
+        read(photos / "train", 16, whole_pictures=x)[0].images[0] for x in (False, True)
+    )
+    assert centre[:, :, 3:].min() > 195  # bicubic interpolation looks two pixels beyond
+    assert whole[:, [0, 3, 12, 15]].max() == 0  # black above and below
+    assert torch.equal(whole[0, 8, [0, 15]], torch.tensor([50, 200], dtype=torch.uint8))
+
+
+def test_pictures_are_decoded_once_until_one_changes(photos, monkeypatch, capsys):
+    """Also after a copy to another place, after damage, and for every part and size once."""
+    decoded, read_picture = [], data.read_picture
+    monkeypatch.setattr(data, "read_picture", lambda *x: decoded.append(x[0]) or read_picture(*x))
+    folder = photos.parent / "data" / "decoded"
+
+    def count(**changed) -> int:
+        decoded.clear()
+        for split in load_splits(photos, **changed)[:2]:
+            for name, image in zip(split.files, split.images, strict=True):
+                assert torch.equal(read_picture(photos / name, split.images.shape[-1]), image)
+        return len(decoded)
+
+    assert count() == 36 and count() == 0
+    assert count(stored_size=24) == 36 and count() == 0
+    assert count(train_per_class=2) == 4 and count(holdout_per_class=2, train_per_class=3) == 10
+    files = sorted(folder.iterdir())
+    assert len(files) == 2 * 7 and {path.suffix for path in files} == {".bin", ".json"}
+
+    os.utime(photos / "train/one/00000.png")  # another time
+    assert count() == 24 and sorted(folder.iterdir()) != files
+    assert len(list(folder.iterdir())) == 2 * 7  # the outdated file is gone
+    shutil.copy(photos / "val/one/00000.png", photos / "val/one/new.png")
+    assert count() == 13
+    path = max(folder.glob("photos-val-32px*.bin"), key=lambda path: path.stat().st_size)
+    with open(path, "r+b") as file:
+        file.seek(1000)
+        file.write(b"other")
+    assert count() == 13
+    os.truncate(path, 1000)
+    assert count() == 13
+    path.with_suffix(".json").write_text("{")
+    assert count() == 13
+    assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
+
+
+def test_decoding_that_fails_leaves_nothing(photos, monkeypatch):
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *x: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(data.DataError, match="data/decoded: full. See --data-dir"):
+        load_splits(photos)
+    assert list((photos.parent / "data/decoded").iterdir()) == []
 
 
 def test_memory_that_runs_out_does_not_skip_pictures(photos, monkeypatch):
-    def read_picture(path, size):
+    def read_picture(*args):
         raise MemoryError
 
     monkeypatch.setattr(data, "read_picture", read_picture)
@@ -279,16 +338,18 @@ def test_run_goes_on_with_its_own_pictures_alone_wherever_they_are(photos, tmp_p
     flags += ["--dataset", "moved", "--epochs", "2", "--resume"]
     script = run_script("train.py", *flags, cwd=tmp_path)
     assert script.status == 0 and "epoch    2/2" in script.stdout, script.stderr
+    assert script.stdout.endswith("best.pt --dataset moved\n")
 
-    one, *_, last = sorted((tmp_path / "moved/train/one").iterdir())
-    shutil.copy(one, last)  # as many pictures as before
+    one, *others = sorted((tmp_path / "moved/train/one").iterdir())
+    for other in others:
+        shutil.copy(one, other)  # as many pictures as before
     script = run_script("train.py", *flags, cwd=tmp_path)
-    assert script.status == 1 and "it was trained on other images: 24 pictures" in script.stderr
+    assert script.status == 1 and "it was trained on other images: 8 pictures" in script.stderr
     flags = ["--checkpoint", "checkpoints/demo/best.pt", "--no-show", "--dataset"]
     for other in ("moved", "digits"):
         script = run_script("evaluate.py", *flags, other, cwd=tmp_path)
         assert script.status == 1 and script.stderr.count("\n") == 1
-        assert f"{other} is not what checkpoints/demo/best.pt was trained on: 24" in script.stderr
+        assert f"{other} is not what checkpoints/demo/best.pt was trained on: 8" in script.stderr
 
 
 def test_resume_refuses_a_changed_val_folder(photos, tmp_path):
@@ -303,9 +364,9 @@ def test_resume_refuses_a_changed_val_folder(photos, tmp_path):
 # ---- what is refused ----------------------------------------------------------------------------
 
 
-def load_splits(folder: Path, processes: int = 1, **changed):
-    args = settings(dataset=str(folder), stored_size=32, **changed)
-    return data.read_splits(args, CPU, processes)
+def load_splits(folder: Path, **changed):
+    place = {"dataset": str(folder), "data_dir": str(folder.parent / "data"), "stored_size": 32}
+    return data.read_splits(settings(**place | changed))
 
 
 def test_classes_of_val_keep_the_numbers_that_train_gave_them(photos):
@@ -330,7 +391,7 @@ def empty(name: str):
         (remove("val"), {}, r"photos/val not found. .*without val/, --holdout-per-class 50"),
         (remove("train/one", "train/zero"), {}, r"photos/train: no sub-folders"),
         (remove("train/one"), {}, r"photos/train has 1 class, zero. Expected at least 2"),
-        (lambda photos: (photos / "train/none").mkdir(), {}, "train/none has no picture that can be"),
+        (lambda photos: (photos / "train/none").mkdir(), {}, "train/none has no picture"),
         (empty("train/one"), {}, "train/one has no picture that can be decoded"),
         (empty("val/zero"), {}, "val/zero has no picture that can be decoded"),
         (lambda photos: (photos / "val/none").mkdir(), {}, "val/none is not one of the 2 classes"),
@@ -348,36 +409,19 @@ def test_folder_that_cannot_be_used_is_one_message(spoil, changed, message, phot
 
 
 def test_weights_that_are_not_there_are_refused_before_anything_is_decoded(photos, monkeypatch):
-    monkeypatch.setattr(data, "read_folder", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(data, "read_splits", lambda *args: pytest.fail("decoded"))
     monkeypatch.chdir(photos.parent)
     with pytest.raises(SystemExit, match="Weights none.pth not found. Expected IMAGENET1K_V1, "):
         train.main(["--dataset", "photos", *SIZE, "--weights", "none.pth"])
 
 
-def test_pictures_that_do_not_fit_into_memory_are_refused_with_the_numbers(photos, monkeypatch):
-    """36 pictures at 100 pixels: 1.08 MB on the device, twice that on the host of each process."""
-    free = {"cpu": 4_000_000, "cuda": 1_000_000}
-    monkeypatch.setattr(data, "free_memory", lambda device: free[device.type])
-    args, parts = settings(dataset=str(photos), stored_size=100), ["train", "test"]
-    data.require_memory(args, parts, CPU)
-    with pytest.raises(data.DataError, match=r"The 36 pictures .* need 4.32 GB") as error:
-        monkeypatch.setattr(data, "free_memory", lambda device: 4e9)
-        data.require_memory(args, parts, CPU, processes=2000)
-    assert "only 4 GB are free (cpu). Train with a lower --stored-size" in str(error.value)
-    monkeypatch.setattr(data, "free_memory", lambda device: free[device.type])
-    with pytest.raises(data.DataError, match=r"need 0.00108 GB .* only 0.001 GB are free \(cuda\)"):
-        data.require_memory(args, parts, torch.device("cuda"))
-    data.require_memory(args, ["test"], torch.device("cuda"))
-    monkeypatch.setattr(data, "free_memory", lambda device: 0)
-    with pytest.raises(data.DataError):
-        load_splits(photos)
-
-
-def test_free_memory_is_what_the_system_says():
-    with open("/proc/meminfo") as file:
-        entries = dict(line.split(":") for line in file)
-    total = 1024 * int(entries["MemTotal"].split()[0])
-    assert 0.01 * total < data.free_memory(CPU) < total
+def test_images_stay_in_memory_if_half_of_the_device_would_be_full(monkeypatch):
+    images, gpu = torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (239, 1000))
+    assert data.place(images, gpu) is images and data.place(images, CPU) is images
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (240, 1000))
+    with pytest.raises((RuntimeError, AssertionError)):  # there is no GPU to move them to
+        data.place(images, gpu)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ RECIPES += " --mixup 0.2 --cutmix 1 --ema-decay 0.99 --freeze-stages 1 --freeze-
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def run_on_fake_gpu(main, command: str) -> FakeGPU:
+def run_on_fake_gpu(main, command: str, free: float = 80e9) -> FakeGPU:
     """Runs a script's main(); how it failed is among the problems."""
-    with fake_gpu() as gpu, redirect_stdout(StringIO()) as said:
+    with fake_gpu(free) as gpu, redirect_stdout(StringIO()) as said:
         try:
             main(command.split())
         except (Exception, SystemExit) as error:  # noqa: BLE001, reported
@@ -61,8 +61,11 @@ def run_on_fake_gpu(main, command: str) -> FakeGPU:
     return gpu
 
 
-def rehearse(precision: str, flags: str = "", fault: str = "") -> list[str]:
-    """What is wrong with training, resuming and evaluating on a GPU. Needs a process of its own."""
+def rehearse(precision: str, flags: str = "", fault: str = "", free: float = 80e9) -> list[str]:
+    """What is wrong with training, resuming and evaluating on a GPU with so many free bytes.
+
+    Needs a process of its own.
+    """
     make = ResNet.__init__  # a smaller one, with the same kinds of operations
     ResNet.__init__ = lambda self, *args, **more: make(self, BasicBlock, [1] * 4, **more)
     evaluate.write_pictures = lambda *args: None
@@ -75,7 +78,7 @@ def rehearse(precision: str, flags: str = "", fault: str = "") -> list[str]:
     findings, seen = [], set()
 
     def attempt(stage: str, main, command: str) -> Counter:
-        gpu = run_on_fake_gpu(main, command)
+        gpu = run_on_fake_gpu(main, command, free)
         seen.update(gpu.arithmetic)
         gpu.problems += [
             f"{kind} at {gpu.arithmetic[kind]}" for kind in gpu.arithmetic.keys() - kinds
@@ -109,6 +112,11 @@ def in_its_own_process(function, *args) -> list[str]:
 
 def test_scripts_run_on_a_gpu_and_no_step_makes_the_host_wait():
     assert in_its_own_process(rehearse, "bf16") == []
+
+
+@pytest.mark.slow
+def test_images_that_do_not_fit_on_it_are_copied_without_making_the_host_wait():
+    assert in_its_own_process(rehearse, "bf16", RECIPES, "", 1e6) == []
 
 
 @pytest.mark.slow
@@ -210,6 +218,12 @@ FAULTS = {  # where it is inserted, the fault, words of what must be found
         "channels_last",
     ),
     "contiguous momentum": (utils, "restore", contiguous_momentum, "resume: aten._fused"),
+    "images that do not fit, not pinned": (
+        Tensor,
+        "pin_memory",
+        instead(Tensor.clone),
+        "to the GPU",
+    ),
     "optimizer not fused": (SGD, "__init__", unfused, "reads"),
 }
 

@@ -1,6 +1,7 @@
 """The network and its weights."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,23 @@ def test_weights_file_fills_everything_but_the_head(tmp_path):
     ours = load(tmp_path / "weights.pth").state_dict()
     for name, tensor in random_weights().items():
         assert name.startswith("fc.") or torch.equal(ours[name], tensor), name
+
+
+def test_default_weights_are_torchvisions_file_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    expected = random_weights()
+    file = (
+        tmp_path
+        / "hub"
+        / "checkpoints"
+        / Path(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url).name
+    )
+    file.parent.mkdir(parents=True)
+    torch.save(expected, file)
+    args = utils.parse_flags(train.__file__, [])
+    found = train.make_model(args, ["cat", "dog"], torch.device("cpu"), pretrained=True)
+    for name, tensor in found.state_dict().items():
+        assert name.startswith("fc.") or torch.equal(tensor, expected[name]), name
 
 
 def test_weights_in_torchs_older_format_are_read(tmp_path):

@@ -8,6 +8,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 import data
 import evaluate
+import utils
 
 NAMES = ["cat", "dog", "fox"]
 # Image i is a square of gray 10 * i. The fourth and the last two are mistakes, the last the surest.
@@ -107,9 +108,18 @@ def test_star_is_on_the_epoch_that_was_best(watch, best):
         | {"val_loss": loss, "val_accuracy": accuracy}
         for epoch, loss, accuracy in ((1, 3.0, 0.2), (2, 1.0, 0.3), (3, 1.5, 0.4), (4, 2.5, 0.3))
     ]
-    figure = evaluate.draw_curves({"history": history, "constants": {"watch": watch}})
+    figure = utils.draw_curves(history, watch)
     for axes, name in zip(figure.axes, ("loss", "accuracy")):
         lines = {line.get_marker(): line for line in axes.lines}
         assert lines["*"].get_xydata().tolist() == [[best, history[best - 1][f"val_{name}"]]]
         assert lines["s"].get_ydata().tolist() == [row[f"val_{name}"] for row in history]
         assert lines["o"].get_ydata().tolist() == [row[f"train_{name}"] for row in history]
+
+
+def test_curves_of_a_head_alone_show_its_own_epochs():
+    row = {"epoch": 0, "learning_rate": 0.1, "train_loss": 2.0, "train_accuracy": 0.3}
+    row |= {"val_loss": 1.5, "val_accuracy": 0.4, "head": [(4.0, 0.1), (2.0, 0.3)]}
+    for place, axes in enumerate(utils.draw_curves([row], "loss").axes[:2]):
+        (line,) = [line for line in axes.lines if "the head's epochs" in line.get_label()]
+        expected = [[-0.5, row["head"][0][place]], [0, row["head"][1][place]]]
+        assert line.get_xydata().tolist() == expected

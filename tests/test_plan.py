@@ -108,6 +108,26 @@ def test_run_ends_earlier_only_as_far_as_the_time_left_is_too_short(done, left, 
     assert run.end == pytest.approx(end) and args.epochs == -(-end // 1)
 
 
+@pytest.mark.parametrize(
+    ("end", "done", "save_seconds", "expected"),
+    [
+        (2, 0.5, 0, 4),
+        (2, 1.5, 0, 2),  # the rate is low already
+        (2, 1, 10, 4),
+        (2, 2, 10, 4),
+        (1.5, 2, 10, 2),  # its second epoch was cut short
+    ],
+)
+def test_end_moves_back_to_the_plan_while_the_rate_is_high_or_after_a_whole_epoch(
+    end, done, save_seconds, expected
+):
+    seconds = {"features_seconds": 0, "head_seconds": 0, "epoch_seconds": 100, "save_seconds": 10}
+    budget = train.Budget(time.perf_counter() + 10_000, **seconds, epochs=4)
+    run, args = Namespace(end=end, budget=budget), Namespace(epochs=2)
+    train.end_in_time(run, args, done, epoch_seconds=100, save_seconds=save_seconds)
+    assert run.end == args.epochs == expected
+
+
 def test_cosine_reaches_zero_where_the_run_ends():
     args = settings(schedule="cosine", epochs=4, warmup_epochs=0.5, learning_rate=0.8)
     run = Namespace(end=2.5)

@@ -189,6 +189,7 @@ def test_other_pictures_in_one_process_are_refused(counts, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
     flags = [*RUN, "--dataset", "photos", "--stored-size", "32", "--holdout-per-class", "0"]
+    flags += ["--train-per-class", "0"]
     message = f"dataset is '{counts[0]} pictures, crc32 .*' on rank 0, but '{counts[1]} pictures"
     assert_refused(run_two(tmp_path, flags, flags), message)
 

@@ -34,7 +34,7 @@ def drawn_in(monkeypatch, seed: int, epoch: int) -> tuple[dict, list]:
 def test_every_parameter_differs_between_epochs_and_between_seeds(monkeypatch):
     drawn = [drawn_in(monkeypatch, *where) for where in ((0, 1), (0, 2), (1, 1), (1, 2))]
     names = {"flip", "top", "left", "brightness", "contrast", "saturation", "hue", "angle"}
-    names |= {"grayscale", "pixel_weight", "box_rows", "box_columns", "label_weight"}
+    names |= {"box", "grayscale", "pixel_weight", "box_rows", "box_columns", "label_weight"}
     for (one, orders), (other, other_orders) in itertools.combinations(drawn, 2):
         assert one.keys() == other.keys() == names
         assert not [name for name in names if torch.equal(one[name], other[name])]

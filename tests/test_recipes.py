@@ -10,12 +10,14 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import share_folder
 from scipy import stats
 from scripts import AUGMENTATION, TINY, Script, be_one_of_two, find_free_port, run_script, settings
+from sklearn.utils import compute_class_weight
 from test_train import assert_same, load
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -68,6 +70,26 @@ def linear_run(model: nn.Module, **changed):
     args = settings(batch_size=4, **changed)
     features = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
     return args, train.make_run(args, model, "fp32"), Batches(features, torch.arange(12) % 3)
+
+
+def test_class_weights_are_scikit_learns_in_the_losses_of_network_and_head():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)
+    args, run, _ = linear_run(nn.Linear(6, 3), class_weights="balanced")
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    weights = train.weigh_classes(args, labels, 3)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+    assert train.weigh_classes(settings(), labels, 3) is None
+    run.class_weights = weights
+    features = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    losses = F.cross_entropy(run.model(features), labels, reduction="none").detach()
+    by_hand = (losses * weights[labels]).sum() / weights[labels].sum()
+    loss, _ = train.train_step(run, features, labels, args)
+    torch.testing.assert_close(loss, by_hand)
+    head, args = nn.Linear(6, 3), settings(head_epochs=1, batch_size=12, head_learning_rate=1e-9)
+    losses = F.cross_entropy(head(features), labels, reduction="none").detach()
+    by_hand = (losses * weights[labels]).sum() / weights[labels].sum()
+    ((loss, _),) = train.fit_head(head, features, labels, args, weights)
+    assert loss == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 class Batches:
@@ -451,7 +473,7 @@ def test_two_processes_equal_one_with_all_recipes_in_float64(tmp_path):
     one, two = (load(tmp_path / name) for name in ("1.pt", "2.pt"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     for ours, theirs in zip(two["rows"], one["rows"], strict=True):
-        for name in ours.keys() - {"images_per_second"}:
+        for name in ours.keys() - {"images_per_second", "head"}:
             assert ours[name] == pytest.approx(theirs[name], rel=0, abs=1e-9), name
     torch.testing.assert_close(two["states"], one["states"], rtol=0, atol=1e-9)
 
@@ -515,7 +537,7 @@ def test_too_few_images_to_mix_or_of_a_class_are_one_message():
     ):
         with pytest.raises(SystemExit, match=message):
             args = settings(dataset="digits", **changed)
-            train_split, val_split, _ = train.read_data(args, processes, cpu)
+            train_split, val_split, _ = train.read_data(args, processes)
             train.make_loaders(args, processes, cpu, train_split, val_split)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from PIL import Image
 from scripts import AUGMENTATION, TINY, link_run, run_script, settings
 from tqdm import tqdm
@@ -74,6 +75,19 @@ def test_demo_says_what_it_does_in_lines_that_a_pipe_can_read(finished_run):
     )
     assert out.endswith("python evaluate.py --checkpoint demo/best.pt\n")
     assert "\r" not in out and next(finished_run.glob("*.err")).read_text() == ""
+
+
+def break_curves() -> None:
+    utils.draw_curves = None
+
+
+def test_curves_are_drawn_as_the_run_goes_on_and_never_fail_it(tmp_path):
+    flags = [*TINY, "--curves", "--epochs", "1", "--head-epochs", "2", "--checkpoint-dir"]
+    assert run_script("train.py", *flags, "drawn", cwd=tmp_path).status == 0
+    assert imread(tmp_path / "drawn/training_curves.png").shape[2] == 4
+    assert "head" not in (tmp_path / "drawn/history.csv").read_text()
+    script = run_script("train.py", *flags, "not", cwd=tmp_path, prepare=break_curves)
+    assert script.status == 0 and "note     not/training_curves.png is not drawn: " in script.stdout
 
 
 def test_history_csv_holds_what_the_checkpoint_holds(finished_run):
@@ -155,7 +169,7 @@ def test_new_run_moves_the_earlier_one_aside(finished_run, new_run):
     script, folder = new_run
     (aside,) = (folder / "demo").glob("earlier-*")
     assert f"the run that was in demo is now in {aside.relative_to(folder)}" in script.stdout
-    for name in utils.RUN_FILES:
+    for name in ("last.pt", "best.pt", "history.csv"):
         assert (aside / name).samefile(finished_run / "demo" / name)
     assert load(folder / "demo" / "last.pt")["constants"]["seed"] == 5
 
@@ -286,12 +300,12 @@ def test_progress_bar_advances_with_each_step_without_reading_from_the_device(mo
     assert "epoch 1: 100%" in sys.stderr.getvalue() and "loss=" in sys.stderr.getvalue()
 
 
-@pytest.mark.slow
-def test_fp16_and_bf16_train_too(tmp_path):
-    for precision in ("fp16", "bf16"):
-        script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
-        assert script.status == 0, script.stderr
-        assert f", {precision}\n" in script.stdout
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_lower_precision_trains_too(precision, tmp_path):
+    script = train_tiny(tmp_path, "--epochs", "1", "--precision", precision)
+    assert script.status == 0, script.stderr
+    assert f", {precision}\n" in script.stdout
+    assert load(tmp_path / "demo" / "best.pt")["precision"] == precision
 
 
 def test_cifar100_trains_from_real_weights_on_the_real_images(

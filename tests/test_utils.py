@@ -279,7 +279,11 @@ def test_precision_follows_the_hardware(device, native, precision, monkeypatch):
     """The hardware is pretended: no machine has all of it."""
     capabilities = {"avx512_bf16": native, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
     assert utils.choose_precision("auto", torch.device(device)) == precision
     assert utils.choose_precision("fp32", torch.device(device)) == "fp32"
 
