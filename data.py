@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import tempfile
+import warnings
 import zlib
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -186,6 +188,16 @@ def split_images(
     limits = settings.holdout_per_class, settings.train_per_class
     train, holdout = split_per_class(found.labels, *limits)
     return found.select(train), found.select(holdout)
+
+
+def select_for_plan(split: Split, settings: Namespace, classes: list[str]) -> Split:
+    """Of all training images those that TRAIN_PER_CLASS leaves, as read_splits() would choose them."""
+    found, _ = find_images(settings, "train", classes, quiet=True)
+    train, _ = split_images(found, classes, settings)
+    if isinstance(train, Split):  # what is already split draws the same
+        return split.select(split_per_class(split.labels, 0, settings.train_per_class)[0])
+    wanted = {path.relative_to(train.folder.parent).as_posix() for path in train.files}
+    return split.select(torch.tensor([name in wanted for name in split.files]))
 
 
 def has_test_images(dataset: str) -> bool:
@@ -396,17 +408,22 @@ def read_pictures_once(
     """
     size, base = settings.stored_size or 32, listing.folder.parent
     names = [path.relative_to(base).as_posix() for path in listing.files]
-    stats = [path.stat() for path in listing.files]
+    try:
+        stats = [path.stat() for path in listing.files]
+    except OSError as error:
+        _refuse(error)
     sources = [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, stats)]
     limits = (settings.holdout_per_class, settings.train_per_class) if part != "val" else ()
     run = _hash(str(base.resolve()), limits, settings.whole_pictures)
-    version = _hash(READER, sources)
+    version = _hash(READER, PIL.__version__, sources)
     prefix = f"{base.name}-{part}-{size}px-{run}"
     path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
     stored = map_decoded(path)
     if not stored:
         decode_into(path, listing.files, size, settings.whole_pictures, quiet)
         stored = map_decoded(path)
+        if not stored:
+            raise DataError(f"{path} was removed while it was made. Start again")
         for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
             if outdated.stem != path.stem:
                 outdated.unlink(missing_ok=True)
@@ -430,12 +447,16 @@ def map_decoded(path: Path) -> tuple[Tensor, dict[int, str]] | None:
     """
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        images = np.memmap(path, np.uint8, "c", shape=tuple(facts["shape"]))  # written on: a copy
+        images = np.memmap(path, np.uint8, "r", shape=tuple(facts["shape"]))
         if zlib.crc32(images) != facts["crc32"]:
             return None
-        return torch.from_numpy(images), {int(i): x for i, x in facts["skipped"].items()}
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return None
+    except OSError as error:
+        raise DataError(f"{path} cannot be mapped: {error.strerror or error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be written to
+        return torch.from_numpy(images), {int(i): x for i, x in facts["skipped"].items()}
 
 
 def decode_into(path: Path, files: list[Path], size: int, whole: bool, quiet: bool) -> None:
@@ -450,8 +471,9 @@ def decode_into(path: Path, files: list[Path], size: int, whole: bool, quiet: bo
             images = reserve(Path(scratch, path.name), (len(files), 3, size, size))
             errors = decode(files, images, whole, quiet)
             good = [index for index, error in enumerate(errors) if not error]
-            if not good:
-                raise DataError(f"No picture can be decoded. {files[0]}: {errors[0]}")
+            unreadable = [error for error in errors if error.startswith("[Errno")]
+            if unreadable or not good:  # what the system refuses now it may allow later
+                raise DataError(f"No picture: {(unreadable or errors)[0]}")
             for new, old in enumerate(good):
                 if new < old:
                     images[new] = images[old]
@@ -483,9 +505,9 @@ def decode(files: list[Path], images: np.ndarray, whole: bool, quiet: bool) -> l
     """Fills images uint8 (N, 3, size, size); returns why a picture could not be decoded, or ""."""
 
     def read(index: int) -> str:
-        if files[index].exists() and not files[index].is_file():
-            return "not a file"  # reading a pipe would wait for ever
         try:
+            if files[index].exists() and not files[index].is_file():
+                return "not a file"  # reading a pipe would wait for ever
             images[index] = read_picture(files[index], images.shape[-1], whole)
         except MemoryError:
             raise
@@ -510,7 +532,10 @@ def place(images: Tensor, device: torch.device) -> Tensor:
 
 def free_memory(device: torch.device) -> float:
     """Free bytes on a GPU; infinite on a device that shares the machine's memory."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:

@@ -303,7 +303,7 @@ def this_process() -> Processes:
 
 
 _store: dist.Store | None = None  # of the processes that connect() has brought together
-PATIENCE = timedelta(hours=1)  # how long they wait for one that downloads or decodes pictures
+PATIENCE = timedelta(hours=12)  # how long they wait for one that downloads or decodes pictures
 
 
 def connect(device_name: str) -> torch.device:

@@ -82,7 +82,7 @@ FAULTS = [
     ("train.py", "labels = labels.argmax(1)", "labels = labels.argmin(1)", RECIPES),
     ("train.py", "if run.average is not None:\n        run.average.load", "if False:\n        run.average.load", RECIPES),
     ("train.py", "return len(labels) / (num_classes * counts)", "return num_classes * counts / len(labels)", RECIPES),
-    ("train.py", "options = {\"weight\": class_weights,", "options = {\"weight\": None,", RECIPES),
+    ("train.py", "loss = compute_loss(logits, labels[batch], args, class_weights)", "loss = compute_loss(logits, labels[batch], args, None)", RECIPES),
     ("model.py", "module.weight.requires_grad and not freeze_batch_norm", "not freeze_batch_norm", RECIPES),
     ("data.py", "np.where(cut, 1 - area, weight)", "np.where(cut, weight, weight)", RECIPES),
     ("data.py", "(center - half).clip(0)", "(center - half)", RECIPES),
@@ -139,7 +139,7 @@ FAULTS = [
     ("data.py", "image = ImageOps.exif_transpose(image)", "pass", FOLDER),
     ("data.py", "for new, old in enumerate(good):\n                if new < old:", "for new, old in enumerate(good):\n                if False:", FOLDER),
     # a model that needs only torch
-    ("evaluate.py", "difference > (1e-4 if", "difference > (1e4 if", CIFAR),
+    ("evaluate.py", "difference <= (1e-4 if", "difference <= (1e4 if", CIFAR),
     ("evaluate.py", "/ scale.clamp(min=1)", "/ scale", CIFAR),
     ("evaluate.py", "(pixels - extent) / 2", "0 * pixels", CIFAR),
     # --minutes

@@ -166,7 +166,7 @@ import sys
 assert not {"data", "evaluate", "model", "train", "utils"} & set(sys.modules)
 predicted = model(torch.load("images.pt")).argmax(1).tolist()
 classes = json.loads(names["classes.json"])
-print(json.dumps([[classes[i] for i in predicted], model(photo[None])[0].tolist()]))
+print(json.dumps([[classes[i] for i in predicted], model(picture[None])[0].tolist()]))
 """
 
 

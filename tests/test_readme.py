@@ -18,8 +18,8 @@ COMMANDS = [
 
 
 def test_readme_has_commands_and_no_gaps():
-    assert len(COMMANDS) >= 10 and README.count("\n") <= 172
-    assert not re.search(r"^[A-Z_]+$", README, re.MULTILINE)
+    assert len(COMMANDS) >= 10 and README.count("\n") <= 185
+    assert not re.search(r"^[A-Z_]+$|\b(TODO|XX+)\b", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
