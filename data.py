@@ -192,10 +192,10 @@ def split_images(
 
 def select_for_plan(split: Split, settings: Namespace, classes: list[str]) -> Split:
     """Of all training images those that TRAIN_PER_CLASS leaves, as read_splits() would choose them."""
-    found, _ = find_images(settings, "train", classes, quiet=True)
-    train, _ = split_images(found, classes, settings)
-    if isinstance(train, Split):  # what is already split draws the same
+    if settings.dataset in BUILT_IN:
         return split.select(split_per_class(split.labels, 0, settings.train_per_class)[0])
+    found, _ = find_images(settings, "train", classes, quiet=True)
+    train, _ = split_images(found, classes, settings)  # of a folder also what cannot be decoded
     wanted = {path.relative_to(train.folder.parent).as_posix() for path in train.files}
     return split.select(torch.tensor([name in wanted for name in split.files]))
 

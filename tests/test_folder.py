@@ -202,6 +202,16 @@ def test_pictures_are_decoded_once_until_one_changes(photos, monkeypatch, capsys
     assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
 
 
+def test_images_that_a_plan_chooses_are_those_that_resume_reads(photos):
+    (photos / "train/one/00003.png").write_bytes(b"no picture")
+    whole, _, facts = load_splits(photos)
+    place = {"dataset": str(photos), "data_dir": str(photos.parent / "data"), "stored_size": 32}
+    args = settings(**place, train_per_class=5)
+    planned = data.select_for_plan(whole, args, facts["classes"])
+    resumed, _, _ = load_splits(photos, train_per_class=5)
+    assert planned.files == resumed.files and torch.equal(planned.images, resumed.images)
+
+
 def test_decoding_that_fails_leaves_nothing(photos, monkeypatch):
     monkeypatch.setattr(
         os, "posix_fallocate", lambda *x: (_ for _ in ()).throw(OSError(28, "full"))

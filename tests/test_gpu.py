@@ -187,6 +187,10 @@ def minus_half(images: Tensor) -> Tensor:
     return images - torch.tensor(0.5, device=images.device)
 
 
+def take_slowly(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    return images[rows].to(device)
+
+
 FAULTS = {  # where it is inserted, the fault, words of what must be found
     "CPU tensor in augment()": (data, "augment", then(lambda x: x + torch.zeros(x.shape)), "mixes"),
     "parameters left on the CPU": (data, "draw_parameters", then(stay), "mixes"),
@@ -218,12 +222,7 @@ FAULTS = {  # where it is inserted, the fault, words of what must be found
         "channels_last",
     ),
     "contiguous momentum": (utils, "restore", contiguous_momentum, "resume: aten._fused"),
-    "images that do not fit, not pinned": (
-        Tensor,
-        "pin_memory",
-        instead(Tensor.clone),
-        "to the GPU",
-    ),
+    "images that do not fit, not pinned": (data, "take", instead(take_slowly), "to the GPU"),
     "optimizer not fused": (SGD, "__init__", unfused, "reads"),
 }
 
@@ -232,7 +231,8 @@ FAULTS = {  # where it is inserted, the fault, words of what must be found
 def test_inserted_faults_are_found(capsys):
     rows = []
     for fault, (*_, words) in FAULTS.items():
-        findings = in_its_own_process(rehearse, "fp16", "", fault)
+        free = 1e6 if "do not fit" in fault else 80e9
+        findings = in_its_own_process(rehearse, "fp16", "", fault, free)
         found = [finding for finding in findings if words in finding]
         assert found, f"{fault}: no {words!r} in {findings}"
         rows.append(f"{fault:<28} {found[0]}")

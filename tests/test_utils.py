@@ -202,6 +202,7 @@ def test_flag_at_its_edge_is_one_line_and_exit_status_2(flag, value, capsys, tmp
         *([flag, ""] for flag in ("--checkpoint", "--data-dir", "--results-dir")),
         ["--checkpoint"],
         ["--images"],
+        ["--export", "model.pt2", "--images", "photo.jpg"],
         ["--tta", "yes"],
         ["--check", "x"],
         ["photo.jpg"],
