@@ -1,9 +1,10 @@
 """Images on the training device: read once, then augmented there, batch by batch.
 
 The images (uint8, 154 MB for CIFAR-100) are kept on the device, or in memory if there are too many
-for it. A training batch is a list of indices into them; flip, crop, colour jitter, rotation and grayscale run on the whole batch at once,
-at the stored size (32 x 32 for CIFAR-100), with parameters drawn per image. Normalization is
-linear, so it can come before the resize, which is then the only operation at full size.
+for it. A training batch is a list of indices into them; flip, crop, colour jitter, rotation and
+grayscale run on the whole batch at once, at the stored size (32 x 32 for CIFAR-100), with
+parameters drawn per image. Normalization is linear, so it can come before the resize, which is then
+the only operation at full size.
 
 Every operation equals that of torchvision.transforms.v2.functional on a single float image;
 tests/test_data.py compares them.
