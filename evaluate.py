@@ -23,7 +23,7 @@ import json
 import logging
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -44,7 +44,7 @@ from matplotlib.ticker import PercentFormatter
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -62,7 +62,7 @@ TTA = False  # average the logits over each image and its mirror image: twice th
 COMPARE = []  # results folder to compare with, image by image; of another recipe, one per seed
 RESULTS = []  # results folders, one per seed, to compare with COMPARE; no checkpoint is evaluated
 CHECK_DATA = False  # look for copies and wrong labels: runs over the training images too
-EXPORT = ""  # file for the whole model, preprocessing included, to use with torch alone; "": none
+EXPORT = ""  # file for the model with its preprocessing: .pt2 for torch alone, or .onnx; "": none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
 
@@ -1052,10 +1052,10 @@ class Portable(nn.Module):
 
 
 def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
-    """Writes a Portable as torch.export's file, once it has predicted what the evaluation did.
+    """Writes a Portable into one file, once that has predicted what the evaluation did.
 
-    images: uint8 (N, 3, S, S), with the probabilities (N, num_classes) of the evaluation. The class
-    names are in the file too. Raises UserError if the predictions differ by more than rounding.
+    images: uint8 (N, 3, S, S), with the probabilities (N, num_classes) of the evaluation. path: its
+    suffix .onnx asks for ONNX. Raises UserError if predictions differ by more than rounding.
     """
     constants, names = classifier.constants, ("stored_size", "image_size", "whole_pictures")
     stored_size, image_size, whole = (constants[name] for name in names)
@@ -1064,10 +1064,9 @@ def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: 
     sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-            file, classes = Path(scratch, "model.pt2"), json.dumps(classifier.classes)
+            file = Path(scratch, f"model{'.onnx' if path.suffix == '.onnx' else '.pt2'}")
             program = torch.export.export(portable, (example,), dynamic_shapes=(sizes,))
-            torch.export.save(program, file, extra_files={"classes.json": classes})
-            predict = torch.export.load(file).module()
+            predict = write_program(program, json.dumps(classifier.classes), file)
             batches = images.cpu().split(constants["val_batch_size"])
             bar = tqdm(batches, "check", unit="batch", leave=False, disable=not utils.on_terminal())
             with torch.inference_mode():
@@ -1085,6 +1084,26 @@ def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: 
         raise utils.UserError(f"{path} cannot be written: {error.strerror or error}") from error
     counts = f"{equal:,} of {len(images):,} images are classified as above"
     utils.say("export", f"{path}: {counts}, probabilities differ by up to {difference:.2g}")
+
+
+def write_program(program: ExportedProgram, classes: str, file: Path) -> Callable:
+    """Writes program and class names (JSON); returns what predicts with the file's content."""
+    if file.suffix == ".pt2":
+        torch.export.save(program, file, extra_files={"classes.json": classes})
+        return torch.export.load(file).module()
+    try:
+        import onnxruntime
+
+        exported = torch.onnx.export(program, verbose=False)
+    except ImportError as error:
+        raise utils.UserError(
+            f"ONNX needs the packages onnxscript and onnxruntime ({error}). Install them, or give "
+            "--export a name without .onnx: that needs torch alone"
+        ) from error
+    exported.model.metadata_props["classes.json"] = classes
+    exported.save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda pictures: torch.from_numpy(session.run(None, {"pictures": pictures.numpy()})[0])
 
 
 if __name__ == "__main__":

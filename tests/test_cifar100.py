@@ -198,6 +198,29 @@ def test_readme_uses_an_exported_model_that_predicts_the_same_without_this_repo(
         assert probabilities[label] == pytest.approx(float(row[f"probability_{place}"]), rel=0.02)
 
 
+def test_onnx_model_predicts_the_same_in_another_runtime(small_cifar100, capsys):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    evaluate.main([*EXPORT[:-1], "model.onnx"])
+    assert "model.onnx: 199 of 199 images are classified as above" in capsys.readouterr().out
+    session = runtime.InferenceSession("model.onnx")
+    (names,) = session.get_modelmeta().custom_metadata_map.items()
+    assert names == ("classes.json", json.dumps(data.CLASSES))
+    photo = np.random.default_rng(0).integers(0, 256, (1, 3, 301, 400), np.uint8)
+    torch_model = evaluate.Classifier(utils.parse_flags(evaluate.__file__, EXPORT)).model.cpu()
+    portable = evaluate.Portable(torch_model.float(), 32, 32, False).eval()
+    (probabilities,) = session.run(None, {"pictures": photo})
+    torch.testing.assert_close(torch.from_numpy(probabilities), portable(torch.from_numpy(photo)))
+
+
+def test_onnx_without_its_packages_is_one_message(small_cifar100, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, EXPORT))
+    with pytest.raises(SystemExit, match="ONNX needs the packages onnxscript and onnxruntime"):
+        evaluate.export(classifier, torch.zeros(2, 3, 32, 32).byte(), None, Path("model.onnx"))
+    assert not list(Path().glob("*.onnx")) and not list(Path().glob(".export*"))
+
+
 def test_export_that_predicts_something_else_is_not_written(small_cifar100, tmp_path):
     flags = ["--checkpoint", "run/best.pt", "--data-dir", "small"]
     classifier = evaluate.Classifier(utils.parse_flags(evaluate.__file__, flags))
