@@ -326,7 +326,7 @@ def list_pictures(
     """The pictures in a folder's sub-folders, one per class, and in those within them.
 
     What programs hide beside pictures is left out, links that lead to a folder again are not
-    followed, and what is no picture is counted on stderr. Raises DataError if a class has no
+    followed, and what is not a picture is counted on stderr. Raises DataError if a class has no
     picture, unless the classes are given, or if a sub-folder is not one of those.
     """
     found, labels, ignored, classes = [], [], Counter(), list(classes)
@@ -355,7 +355,7 @@ def list_pictures(
         raise DataError(f"{folder} has no picture")
     if ignored and not quiet:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
-        print(f"ignored  {folder}: files that are no pictures: {kinds}", file=sys.stderr)
+        print(f"ignored  {folder}: files that are not pictures: {kinds}", file=sys.stderr)
     return Listing(folder, found, torch.tensor(labels)), classes or names
 
 
@@ -573,7 +573,7 @@ def read_pictures(paths: list[str], size: int, whole: bool = False) -> tuple[lis
         pictures, others = find_pictures(path) if path.is_dir() else ([path], [])
         files += pictures
         for other in others:
-            print(f"skipped  {other}: no picture", file=sys.stderr)
+            print(f"skipped  {other}: not a picture", file=sys.stderr)
     images = np.empty((len(files), 3, size, size), np.uint8)
     errors = decode(files, images, whole, quiet=False)
     for file, error in zip(files, errors):
@@ -1013,9 +1013,9 @@ def to_gray(images: Tensor, size: int) -> Tensor:
     return F.interpolate(gray, (size, size), mode="bilinear", antialias=True)
 
 
-def make_thumbnails(images: Tensor) -> Tensor:
+def make_thumbnails(images: Tensor, device: torch.device | None = None) -> Tensor:
     """Gray 8 x 8 pixels minus their mean (N, 64): near for copies, whatever their colours."""
-    small = torch.cat([to_gray(part, 8).flatten(1) for part in images.split(512)])
+    small = torch.cat([to_gray(part.to(device=device), 8).flatten(1) for part in images.split(512)])
     return small - small.mean(1, keepdim=True)
 
 
@@ -1076,20 +1076,25 @@ def find_copies(
     arXiv 1902.00423, take the nearest), the nearest thumbnail, and the nearest to the mirrored
     thumbnail. Their pixels decide: pairs above the threshold are copies. It is COPY_SIMILARITY, or
     more where 0.3 % of the images agree better with their 11th nearest, as scans of digits do.
+    It is computed on the features' device; the images may be elsewhere.
     """
-    nearest, thumbnails = find_nearest(features, other_features, 11), make_thumbnails(others)
-    views = images, images.flip(3)
-    candidates = [find_nearest(make_thumbnails(view), thumbnails, 1) for view in views]
+    device, nearest = features.device, find_nearest(features, other_features, 11)
+    thumbnails, gallery = (make_thumbnails(x, device) for x in (images, others))
+    mirrored = thumbnails.view(-1, 8, 8).flip(2).flatten(1)
+    candidates = [find_nearest(view, gallery, 1) for view in (thumbnails, mirrored)]
     candidates = torch.cat([nearest[:, :3], *candidates], 1)
 
-    rows = torch.arange(len(images), device=images.device)
+    def pick(images: Tensor, rows: Tensor) -> Tensor:
+        return take(images, rows.to(images.device), device)
+
+    rows = torch.arange(len(images), device=device)
     sample = rows[:: max(1, len(rows) // 2000)]
     rows = torch.cat([rows.repeat_interleave(candidates.shape[1]), sample])
     indices = torch.cat([candidates.flatten(), nearest[sample, -1]])
     pairs = list(zip(rows.split(64), indices.split(64)))
     bar = tqdm(pairs, "compare", unit="64 pairs", leave=False, disable=not progress)
-    similarity = torch.cat([compare_pixels(images[i], others[j]) for i, j in bar])
-    similarity, near_misses = similarity.split([candidates.numel(), len(sample)])
+    similarity = [compare_pixels(pick(images, i), pick(others, j)) for i, j in bar]
+    similarity, near_misses = torch.cat(similarity).split([candidates.numel(), len(sample)])
     threshold = max(COPY_SIMILARITY, near_misses.quantile(0.997).item())
     best, column = similarity.view_as(candidates).max(1)
     return candidates.gather(1, column[:, None])[:, 0], best, threshold

@@ -570,8 +570,8 @@ def check_data(
     classes, progress, test = classifier.classes, utils.on_terminal(), test.named()
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
-        images.append(split.images.to(classifier.device))
-        loader = data.EvalLoader(images[-1], *classifier.sizes)
+        images.append(data.place(split.images, classifier.device))
+        loader = data.EvalLoader(images[-1], *classifier.sizes, classifier.device)
         features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
     partner, similarity, threshold = data.find_copies(*images, *features, progress)
     labels = train.labels.to(classifier.device)

@@ -188,9 +188,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.train_per_class:
             train_split = data.select_for_plan(train_split, args, facts["classes"])
             facts["dataset"] = data.identify(args, train_split)
-    elif device.type == "cpu" and not checkpoint and not args.demo:
-        advice = "--minutes 60 trains the best network that this machine can in an hour"
-        utils.say("note", f"without a GPU this can take days; {advice}")
+    elif device.type == "cpu" and not checkpoint and args.weights:
+        images_at_224 = len(train_split.labels) * args.epochs * (args.image_size / 224) ** 2
+        if images_at_224 > 50_000:  # an hour of two good cores
+            advice = "--minutes 60 trains the best network that this machine can in an hour"
+            utils.say("note", f"without a GPU this takes hours or days; {advice}")
     train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
     utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
     resnet.freeze_stages(model, args.freeze_stages)
@@ -810,7 +812,8 @@ def read_data(args: Namespace, this: utils.Processes) -> tuple[data.Split, data.
     counts = f"{len(train_split.labels):,} training and {len(val_split.labels):,} validation images"
     utils.say("data", f"{args.dataset}: {counts}, {len(facts['classes'])} classes")
     if not args.holdout_per_class:
-        advice = "--holdout-per-class 50 selects on held-out training images instead"
+        count = max(1, min(50, train_split.labels.bincount().min().item() // 5))
+        advice = f"--holdout-per-class {count} selects on held-out training images instead"
         utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
     if this.rank == 0 and args.dataset not in data.BUILT_IN:
         warn_of_copies(train_split, val_split)
@@ -905,7 +908,7 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         expected = "cifar100, digits, or a folder with train/ and val/ in it"
         utils.refuse_flag("dataset", args.dataset, expected)
     elif not args.stored_size:
-        expected = "the pixels per side at which to keep your pictures, for example 224"
+        expected = "a number of pixels per side at which to keep your pictures, for example 224"
         utils.refuse_flag("stored_size", args.stored_size, expected)
     if args.dataset == "cifar100":
         for name, most in (("holdout_per_class", 499), ("train_per_class", 500)):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES, CIFAR, RANDOM = (
     f"tests/test_{name}.py" for name in ("pictures", "cifar100", "randomness")
 )
+COPIES = "tests/test_check_data.py -k 'copies or copy'"
 FROZEN = "tests/test_recipes.py -k frozen_stages"
 IMAGES = "tests/test_folder.py -k two_classes"
 FOLDER = "tests/test_folder.py -k 'not (trained or hold_out or goes_on or changed_val)'"
@@ -44,6 +45,8 @@ FAULTS = [
     ("evaluate.py", "np.argsort(-self.confidence, kind", "np.argsort(self.confidence, kind", PICTURES),
     ("utils.py", "best = best_epoch(history, watch)", "best = history[-1]", PICTURES),
     ("evaluate.py", 'classifier.constants["stored_size"] or 32,', "32,", IMAGES),
+    ("evaluate.py", 'exported.model.metadata_props["classes.json"] = classes', "pass", CIFAR),
+    ("data.py", "thumbnails.view(-1, 8, 8).flip(2)", "thumbnails.view(-1, 8, 8).flip(1)", COPIES),
     # randomness
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(self.settings.seed))\n        count", RANDOM),
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(0, epoch))\n        count", RANDOM),

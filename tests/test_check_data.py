@@ -161,6 +161,9 @@ def test_copies_are_found_among_many_images(photos):
     assert ((similarity > threshold) & (partner != sources)).sum() <= 2
     alone = data.find_copies(images[5:6], photos.images, features[0][5:6], features[1])
     assert alone[0].item() == 5 and alone[1].item() == pytest.approx(similarity[5].item(), abs=1e-4)
+    noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    mirrored = data.find_copies(photos.images[:20].flip(3), photos.images, noise[:20], noise)
+    assert mirrored[0].tolist() == list(range(20))  # by their thumbnails
 
 
 def test_threshold_rises_where_all_images_are_alike():

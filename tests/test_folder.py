@@ -122,7 +122,7 @@ def test_folders_that_people_have_are_read_as_they_expect(tmp_path, capsys):
     assert {file.removeprefix(f"{tmp_path.name}/") for file in split.files} == set(names)
     assert (split.images - 100).abs().max() < 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ignored  {tmp_path}: files that are no pictures: ")
+    assert line.startswith(f"ignored  {tmp_path}: files that are not pictures: ")
     for kind in ("1 .txt", "1 .HEIC", "1 without an ending", "1 .png"):
         assert kind in line
 

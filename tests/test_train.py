@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
-from scripts import AUGMENTATION, TINY, link_run, run_script, settings
+from scripts import AUGMENTATION, TINY, Script, link_run, run_script, settings
 from tqdm import tqdm
 
 import data
@@ -321,6 +321,28 @@ def test_cifar100_trains_from_real_weights_on_the_real_images(
     assert "cifar100: 100 training and 100 validation images, 100 classes" in script.stdout
     assert "best.pt is selected on the test images" not in script.stdout
     assert script.stdout.endswith(f"next     python evaluate.py --data-dir {cifar100_dir}\n")
+
+
+def best_accuracy(folder: Path, *flags: str) -> float:
+    """Validation accuracy in per cent of the best epoch, as train.py prints it at the end."""
+    both_cores = functools.partial(torch.set_num_threads, 2)
+    script = Script("train.py", *flags, cwd=folder, prepare=both_cores)
+    assert script.wait(900) == 0, script.stderr
+    return float(re.search(r"^best .* accuracy ([\d.]+) %", script.stdout, re.MULTILINE)[1])
+
+
+@pytest.mark.slow
+def test_demo_learns_to_read_digits(tmp_path):
+    assert best_accuracy(tmp_path, "--demo") >= 90
+
+
+@pytest.mark.slow
+def test_pretrained_features_are_as_good_as_only_right_preprocessing_makes_them(
+    cifar100_dir, imagenet_weights, tmp_path
+):
+    flags = f"--data-dir {cifar100_dir} --weights {imagenet_weights} --epochs 0 --head-epochs 10"
+    flags += " --image-size 64 --train-per-class 20 --holdout-per-class 20 --precision fp32"
+    assert best_accuracy(tmp_path, *flags.split()) >= BAR
 
 
 @pytest.mark.slow
