@@ -340,9 +340,12 @@ def test_demo_learns_to_read_digits(tmp_path):
 def test_pretrained_features_are_as_good_as_only_right_preprocessing_makes_them(
     cifar100_dir, imagenet_weights, tmp_path
 ):
+    """39.6 % here; 24.6 if images are not normalized, 34.3 by mean and deviation swapped, 34.3 with
+    blue before red, 34.5 if every other pixel is left out, 15.7 padded in place of resized.
+    """
     flags = f"--data-dir {cifar100_dir} --weights {imagenet_weights} --epochs 0 --head-epochs 10"
     flags += " --image-size 64 --train-per-class 20 --holdout-per-class 20 --precision fp32"
-    assert best_accuracy(tmp_path, *flags.split()) >= BAR
+    assert best_accuracy(tmp_path, *flags.split()) >= 37
 
 
 @pytest.mark.slow
