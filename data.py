@@ -840,8 +840,9 @@ def memory_format(device: torch.device) -> torch.memory_format:
 class NormalizeAndResize:
     """Float images in [0, 1] to normalized ones (B, 3, S, S) in the device's memory format."""
 
-    def __init__(self, image_size: int, device: torch.device) -> None:
-        self.image_size = image_size
+    def __init__(self, image_size: int, device: torch.device, mode: str = "bilinear") -> None:
+        """mode: of F.interpolate()."""
+        self.image_size, self.mode = image_size, mode
         self.memory_format = memory_format(device)
         # Made once: copying them to the GPU for every batch would make the host wait.
         self.mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
@@ -852,8 +853,7 @@ class NormalizeAndResize:
         stored_size, size = images.shape[-1], self.image_size
         if stored_size == size:
             return images
-        options = {"mode": "bilinear", "antialias": stored_size > size}
-        return F.interpolate(images, (size, size), **options)
+        return F.interpolate(images, (size, size), mode=self.mode, antialias=stored_size > size)
 
 
 class TrainLoader:
@@ -874,7 +874,8 @@ class TrainLoader:
         pairs = len(self.labels) // (2 * world_size)  # per process, for mixup and CutMix
         self.batch_size = min(settings.batch_size, pairs * 2 * world_size)
         self.num_classes = int(self.labels.max()) + 1
-        self.normalize_and_resize = NormalizeAndResize(settings.image_size, self.device)
+        size, mode = settings.image_size, settings.interpolation
+        self.normalize_and_resize = NormalizeAndResize(size, self.device, mode)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -928,12 +929,13 @@ class EvalLoader:
         image_size: int,
         device: torch.device | None = None,
         rows: Tensor | None = None,
+        mode: str = "bilinear",
     ) -> None:
         """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None."""
         self.images, self.device = images, device or images.device
         self.rows = torch.arange(len(images), device=images.device) if rows is None else rows
         self.batch_size = min(batch_size, len(self.rows))
-        self.normalize_and_resize = NormalizeAndResize(image_size, self.device)
+        self.normalize_and_resize = NormalizeAndResize(image_size, self.device, mode)
 
     def __len__(self) -> int:
         """Batches per pass."""

@@ -117,10 +117,15 @@ class Classifier:
         if self.tta and not self.constants["flip"]:
             utils.say("note", "trained with FLIP = 0: mirror images may lower the accuracy")
 
+    def load(self, images: Tensor) -> data.EvalLoader:
+        """Batches on the device, of the size and with the resizing of the validation in training."""
+        mode = self.constants["interpolation"]
+        return data.EvalLoader(images, *self.sizes, self.device, mode=mode)
+
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
         images, networks = data.place(images, self.device), [self.model]
-        loader = data.EvalLoader(images, *self.sizes, self.device)
+        loader = self.load(images)
         if self.tta:  # mirrored batch by batch: the device holds the images once
             networks.append(nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model))
         progress = utils.on_terminal()
@@ -571,7 +576,7 @@ def check_data(
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
         images.append(data.place(split.images, classifier.device))
-        loader = data.EvalLoader(images[-1], *classifier.sizes, classifier.device)
+        loader = classifier.load(images[-1])
         features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
     partner, similarity, threshold = data.find_copies(*images, *features, progress)
     labels = train.labels.to(classifier.device)
@@ -1012,11 +1017,16 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
 class Portable(nn.Module):
     """A network with its preprocessing: pictures of any size in, class probabilities out."""
 
-    def __init__(self, network: nn.Module, stored_size: int, image_size: int, whole: bool) -> None:
-        """network: what predicts from normalized images; the others as data.read_picture()'s."""
+    def __init__(
+        self, network: nn.Module, stored_size: int, whole: bool, image_size: int, mode: str
+    ) -> None:
+        """network: what predicts from normalized images. stored_size and whole are as for
+        data.read_picture(), image_size and mode as for data.NormalizeAndResize().
+        """
         super().__init__()
         self.network, self.size, self.whole = network, stored_size, whole
-        self.normalize_and_resize = data.NormalizeAndResize(image_size, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        self.normalize_and_resize = data.NormalizeAndResize(image_size, cpu, mode)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Probabilities (N, num_classes) of upright RGB pictures uint8 (N, 3, H, W)."""
@@ -1057,10 +1067,10 @@ def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: 
     images: uint8 (N, 3, S, S), with the probabilities (N, num_classes) of the evaluation. path: its
     suffix .onnx asks for ONNX. Raises UserError if predictions differ by more than rounding.
     """
-    constants, names = classifier.constants, ("stored_size", "image_size", "whole_pictures")
-    stored_size, image_size, whole = (constants[name] for name in names)
+    constants, names = classifier.constants, ("whole_pictures", "image_size", "interpolation")
+    preprocessing = [constants["stored_size"] or images.shape[-1], *(constants[x] for x in names)]
     network = copy.deepcopy(classifier.model).to("cpu", memory_format=torch.contiguous_format)
-    portable = Portable(network, stored_size or images.shape[-1], image_size, whole).eval()
+    portable = Portable(network, *preprocessing).eval()
     sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:

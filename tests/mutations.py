@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES, CIFAR, RANDOM = (
     f"tests/test_{name}.py" for name in ("pictures", "cifar100", "randomness")
 )
+REPEATS = "tests/test_recipes.py -k repeats"
 COPIES = "tests/test_check_data.py -k 'copies or copy'"
 FROZEN = "tests/test_recipes.py -k frozen_stages"
 IMAGES = "tests/test_folder.py -k two_classes"
@@ -47,6 +48,8 @@ FAULTS = [
     ("evaluate.py", 'classifier.constants["stored_size"] or 32,', "32,", IMAGES),
     ("evaluate.py", 'exported.model.metadata_props["classes.json"] = classes', "pass", CIFAR),
     ("data.py", "thumbnails.view(-1, 8, 8).flip(2)", "thumbnails.view(-1, 8, 8).flip(1)", COPIES),
+    ("evaluate.py", 'mode = self.constants["interpolation"]', 'mode = "bilinear"', REPEATS),
+    ("data.py", "self.image_size, self.mode = image_size, mode", 'self.image_size, self.mode = image_size, "bilinear"', INPUT),
     # randomness
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(self.settings.seed))\n        count", RANDOM),
     ("data.py", "mix_seed(self.settings.seed, epoch))\n        count", "mix_seed(0, epoch))\n        count", RANDOM),

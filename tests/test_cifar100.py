@@ -208,7 +208,7 @@ def test_onnx_model_predicts_the_same_in_another_runtime(small_cifar100, capsys)
     assert names == ("classes.json", json.dumps(data.CLASSES))
     photo = np.random.default_rng(0).integers(0, 256, (1, 3, 301, 400), np.uint8)
     torch_model = evaluate.Classifier(utils.parse_flags(evaluate.__file__, EXPORT)).model.cpu()
-    portable = evaluate.Portable(torch_model.float(), 32, 32, False).eval()
+    portable = evaluate.Portable(torch_model.float(), 32, False, 32, "bilinear").eval()
     (probabilities,) = session.run(None, {"pictures": photo})
     torch.testing.assert_close(torch.from_numpy(probabilities), portable(torch.from_numpy(photo)))
 
@@ -232,7 +232,7 @@ def test_export_that_predicts_something_else_is_not_written(small_cifar100, tmp_
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_exported_preprocessing_is_that_of_training_but_for_rounding(whole, tmp_path):
-    portable = evaluate.Portable(torch.nn.Identity(), 32, 48, whole)
+    portable = evaluate.Portable(torch.nn.Identity(), 32, whole, 48, "bilinear")
     for shape in ((32, 32), (400, 300), (20, 90), (1, 1), (33, 2000), (301, 400), (3, 5)):
         noise = torch.rand(1, 3, *(-(-side // 3) for side in shape)) * 255
         picture = F.interpolate(noise, shape, mode="bilinear").byte()

@@ -35,7 +35,8 @@ RECIPES = {"weights": "start.pth", "head_epochs": 2, "ema_decay": 0.9} | COSINE 
 RUNS = {
     "averaged": RECIPES,
     "frozen": RECIPES | {"ema_decay": 0.0, "freeze_stages": 2, "freeze_batch_norm": True},
-    "head": {"weights": "start.pth", "head_epochs": 2, "epochs": 0},
+    "head": (HEAD := {"weights": "start.pth", "head_epochs": 2, "epochs": 0}),
+    "bicubic": HEAD | {"image_size": 40, "interpolation": "bicubic"},
 }
 
 
@@ -165,7 +166,7 @@ def test_run_with_all_recipes_resumes_bit_for_bit(name, epoch, finished, tmp_pat
         assert_same(load(resumed / file), load(unbroken / file))
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("averaged", "012"), ("head", "0")])
+@pytest.mark.parametrize(("name", "epochs"), [("averaged", "012"), ("bicubic", "0")])
 def test_evaluation_repeats_the_plain_validation_of_the_best_epoch(
     name, epochs, finished, tmp_path
 ):
