@@ -192,7 +192,7 @@ def split_images(
 
 
 def select_for_plan(split: Split, settings: Namespace, classes: list[str]) -> Split:
-    """Of all training images those that TRAIN_PER_CLASS leaves, as read_splits() would choose them."""
+    """Of all training images those that TRAIN_PER_CLASS leaves, as read_splits() chooses them."""
     if settings.dataset in BUILT_IN:
         return split.select(split_per_class(split.labels, 0, settings.train_per_class)[0])
     found, _ = find_images(settings, "train", classes, quiet=True)

@@ -7,8 +7,8 @@
     python train.py --dataset photos --stored-size 224      on photos/train/ and photos/val/
     torchrun --nproc-per-node 8 train.py      the same run on 8 GPUs
 
-On an H200 it reached 82.61 % in 6.4 minutes, from compressed weights; README.md tells the rest. Every
-constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
+On an H200 it reached 82.61 % in 6.4 minutes, from compressed weights; README.md tells the rest.
+Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
 """
 
 import copy
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
             facts["dataset"] = data.identify(args, train_split)
     elif device.type == "cpu" and not checkpoint and args.weights:
         images_at_224 = len(train_split.labels) * args.epochs * (args.image_size / 224) ** 2
-        if images_at_224 > 50_000:  # an hour of two good cores
+        if images_at_224 > 50_000:  # most of an hour for two cores with bf16
             advice = "--minutes 60 trains the best network that this machine can in an hour"
             utils.say("note", f"without a GPU this takes hours or days; {advice}")
     train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
