@@ -27,7 +27,7 @@ IMAGES = "tests/test_folder.py -k two_classes"
 FOLDER = "tests/test_folder.py -k 'not (trained or hold_out or goes_on or changed_val)'"
 INPUT, TRAIN, RECIPES = (f"tests/test_{name}.py" for name in ("data", "train", "recipes"))
 PROCESSES, FAULTY = "tests/test_processes.py", "tests/test_faults.py"
-PLAN = "tests/test_plan.py -k 'rung or hand or earlier or cosine or measured'"
+PLAN = "tests/test_plan.py -k 'rung or hand or earlier or cosine or measured or told'"
 FAULTS = [
     # evaluate.py: numbers
     ("evaluate.py", "labels, logits, k=5", "labels, logits, k=4", CIFAR),
@@ -66,6 +66,8 @@ FAULTS = [
     ("data.py", "zlib.crc32(split.images.numpy(), zlib.crc32(split.labels.numpy()))", "zlib.crc32(split.images.numpy())", RANDOM),
     # the recipe, safety, folders
     ("model.py", "nn.ModuleList(stem_and_stages).requires_grad_(False)", "pass", FROZEN),
+    ("train.py", 'fixed["FREEZE_BATCH_NORM"] = frozen > 0', "pass", PLAN),
+    ("train.py", "if args.weights and images_at_224 > 50_000:", "if images_at_224 > 50_000:", PLAN),
     ("utils.py", "weights_only=True", "weights_only=False", CIFAR),
     ("data.py", "        except MemoryError:\n            raise\n        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", "        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", FOLDER),
     ("data.py", 'return name.startswith(".") or name in ("@eaDir", "__MACOSX")', "return False", FOLDER),

@@ -52,11 +52,27 @@ def test_first_rung_that_fits_is_chosen_with_the_most_epochs_or_images(left, cho
     found, seconds = train.choose_rung(cost, lambda: left, 100)
     assert (found["IMAGE_SIZE"], found["EPOCHS"], found["TRAIN_PER_CLASS"]) == chosen
     assert found["SCHEDULE"] == "cosine" and seconds == cost(found) <= left
+    assert found["FREEZE_BATCH_NORM"] == (found["FREEZE_STAGES"] > 0)
 
 
 def test_no_rung_fits_and_the_least_cost_is_known(monkeypatch):
     monkeypatch.setattr(train, "LADDER", LADDER)
     assert train.choose_rung(cost, lambda: 96 * 10 * 5 - 1, 100) == ({}, 96 * 10 * 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "weights", "told"),
+    [
+        (840, 224, "IMAGENET1K_V2", True),  # 60 epochs of them are 50,400 images
+        (830, 224, "IMAGENET1K_V2", False),
+        (3400, 112, "IMAGENET1K_V2", True),  # a quarter of the pixels
+        (3300, 112, "IMAGENET1K_V2", False),
+        (840, 224, "", False),
+    ],
+)
+def test_long_run_without_a_gpu_is_told_of_minutes(images, size, weights, told, capsys):
+    train.advise_minutes(settings(image_size=size, weights=weights), images)
+    assert ("--minutes 60" in capsys.readouterr().out) == told
 
 
 def test_steps_that_cannot_fit_are_not_measured(monkeypatch):
