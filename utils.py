@@ -135,7 +135,7 @@ def parse_flags(
     given = vars(parser.parse_args(argv))
     settings = {name: constant.value for name, constant in constants.items()} | given
     if settings.get("demo"):
-        settings |= {name.lower(): value for name, value in demo_settings.items()} | given
+        settings |= {name.lower(): value for name, value in demo_settings.items()}
     settings |= {name.lower(): value for name, value in (planned or {}).items()} | given
     for name, value in settings.items():
         _check_setting(name, value, constants[name])

@@ -66,7 +66,7 @@ FAULTS = [
     ("data.py", "zlib.crc32(split.images.numpy(), zlib.crc32(split.labels.numpy()))", "zlib.crc32(split.images.numpy())", RANDOM),
     # the recipe, safety, folders
     ("model.py", "nn.ModuleList(stem_and_stages).requires_grad_(False)", "pass", FROZEN),
-    ("train.py", 'fixed["FREEZE_BATCH_NORM"] = frozen > 0', "pass", PLAN),
+    ("train.py", '"FREEZE_BATCH_NORM": frozen > 0', '"FREEZE_BATCH_NORM": True', PLAN),
     ("train.py", "if args.weights and images_at_224 > 50_000:", "if images_at_224 > 50_000:", PLAN),
     ("utils.py", "weights_only=True", "weights_only=False", CIFAR),
     ("data.py", "        except MemoryError:\n            raise\n        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", "        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", FOLDER),
@@ -75,7 +75,7 @@ FAULTS = [
     ("data.py", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")', FOLDER),
     # the command itself
     ("train.py", '(checkpoint or vars(args))["precision"], device)', '"fp32", device)', TRAIN),
-    ("train.py", "if compile_it and utils", "if False and utils", TRAIN),
+    ("train.py", "if compile_it and utils", "if False and utils", "tests/test_benchmark.py"),
     ("train.py", "utils.require_same_settings(checkpoint, last, args)", "pass", TRAIN),
     ("train.py", "utils.move_aside(last.parent)", "pass", TRAIN),
     ("train.py", "if should_stop(history, args) or epoch > args.epochs:", "if epoch > args.epochs:", TRAIN),
@@ -97,7 +97,7 @@ FAULTS = [
     # saving, resuming, ending
     ("utils.py", "os.fsync(file.fileno())", "pass", "tests/test_saving.py"),
     ("utils.py", "os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())", "tests/test_saving.py"),
-    ("utils.py", 'if checkpoint["classes"] != data_facts["classes"]:', "if False:", TRAIN),
+    ("utils.py", 'if checkpoint["classes"] != data_facts["classes"]:', "if False:", "tests/test_saving.py -k classes"),
     ("utils.py", "if was != now:", "if False:", "tests/test_folder.py -k 'goes_on or changed_val'"),
     ("utils.py", 'checkpoint.get("launcher") != this.launcher', "False", PROCESSES),
     ("utils.py", "except BrokenPipeError:", "except BufferError:", FAULTY),
@@ -106,13 +106,13 @@ FAULTS = [
     ("utils.py", "if not tensor.isfinite().all():", "if False:", FAULTY),
     ("utils.py", "if damaged := archive.testzip():", "if damaged := None:", FAULTY),
     ("utils.py", "member.compress_type != zipfile.ZIP_STORED", "False", FAULTY),
-    ("utils.py", "print(f\"{label:<8} {text}\", flush=True)", "print(f\"{label:<8} {text}\")", TRAIN),
+    ("utils.py", "print(f\"{label:<8} {text}\", flush=True)", "print(f\"{label:<8} {text}\")", "tests/test_utils.py -k log"),
     ("utils.py", "if signal.getsignal(signum) != signal.SIG_IGN:", "if True:", "tests/test_utils.py"),
     ("utils.py", "return own + rows[len(own) :] if", "return rows if", TRAIN + " tests/test_evaluate.py"),
     ("utils.py", "time.time() - _modified(path) > 10", "False", TRAIN),
     ("utils.py", "[i / len(head) - 1 for i in range(1, len(head) + 1)]", "[i / len(head) - 1 for i in range(len(head))]", PICTURES),
     # constants as flags, devices, processes
-    ("utils.py", "settings |= {name.lower(): value for name, value in demo_settings.items()} | given", "settings |= {name.lower(): value for name, value in demo_settings.items()}", "tests/test_utils.py"),
+    ("utils.py", "(planned or {}).items()} | given", "(planned or {}).items()}", "tests/test_utils.py"),
     ("utils.py", "fits = fits and low <= value <= high", "fits = fits and low <= value", "tests/test_utils.py"),
     ("utils.py", "kind = type(allowed[0] if allowed else value)", "kind = type(value)", "tests/test_utils.py"),
     ("utils.py", 'capabilities.get("avx512_bf16") or capabilities', "capabilities", "tests/test_utils.py"),

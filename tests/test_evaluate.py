@@ -286,6 +286,10 @@ def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_pa
     longer, other = ([{"epoch": 1, "val_loss": x}, {"epoch": 2, "val_loss": 0.5}] for x in (1, 0.7))
     history.write_text("epoch,val_loss\n1,1.0\n2,0.5\n")
     assert utils.read_history(best, longer[:1]) == longer
+    with_head = [
+        longer[0] | {"head": [[0.5, 0.9]]}
+    ]  # the losses of the head's epochs, not in the file
+    assert utils.read_history(best, with_head) == with_head + longer[1:]
     assert utils.read_history(best, other[:1]) == other[:1]
     for damaged in (b"epoch,val_loss\n1,half\n", bytes(200_000), b"epoch,val_loss\n1,\xff\n"):
         history.write_bytes(damaged)

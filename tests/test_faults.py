@@ -140,6 +140,18 @@ def test_signal_before_the_first_epoch_says_so(tmp_path):
     assert_explained(script, "stopped  nothing is saved yet", status=143)
 
 
+def close_the_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, until the end
+
+
+def test_output_pipe_that_is_closed_is_one_message(tmp_path):
+    script = run_script("train.py", *RUN, cwd=tmp_path, prepare=close_the_pipe)
+    assert_explained(script, "stopped  the output pipe was closed.", "nothing is saved yet")
+
+
 def test_signal_during_an_evaluation_says_what_it_leaves(finished_run, tmp_path):
     link_run(finished_run, tmp_path)
     script = Script("evaluate.py", "--checkpoint", "demo/best.pt", "--no-show", cwd=tmp_path)

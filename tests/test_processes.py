@@ -25,6 +25,8 @@ from scripts import (
     find_free_port,
     link_run,
     run_script,
+    settings,
+    torchrun_environment,
 )
 from test_train import load
 
@@ -211,6 +213,19 @@ def test_both_processes_resume_from_the_checkpoint_of_rank_0(finished_run, four_
         assert "running" in name or torch.equal(tensor, weights[1][name]), name
     untouched = load(tmp_path / "1" / "demo" / "last.pt")
     assert untouched["epoch"] == 2 and len(list((tmp_path / "1" / "demo").iterdir())) == 1
+
+
+@pytest.mark.parametrize("of_this_torchrun", [True, False])
+def test_restarted_run_goes_on_from_its_own_checkpoint_alone(
+    of_this_torchrun, finished_run, tmp_path, monkeypatch
+):
+    for name, value in torchrun_environment(TORCHELASTIC_RESTART_COUNT=1).items():
+        monkeypatch.setenv(name, value)
+    launcher = utils.this_process().launcher if of_this_torchrun else "an earlier one"
+    state = load(finished_run / "demo" / "last.pt") | {"launcher": launcher}
+    utils.save_checkpoint(tmp_path / "last.pt", state)
+    found = utils.find_checkpoint(tmp_path / "last.pt", settings())
+    assert (found is not None) == of_this_torchrun
 
 
 def test_restarts_over_several_machines_are_refused(tmp_path):

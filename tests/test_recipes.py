@@ -458,6 +458,8 @@ def work(path: Path) -> None:
     test = data.read_digits("test")[0].select(slice(rank, 31, world_size))
     rows = [train.train_head(run, loader, args)]
     rows += [train.train_one_epoch(run, loader, epoch, args) for epoch in (1, 2)]
+    for statistic in run.validated.buffers():
+        statistic.add_(rank)  # only those of rank 0 count
     rows += [train.validate(run, data.EvalLoader(test.images, 3, 32), test.labels)]
     states = [run.model.state_dict(), run.average.state_dict()]
     if rank == 0:

@@ -184,6 +184,27 @@ def test_signal_at_any_file_operation_of_a_save_ends_with_the_message(signum, st
         assert end == status and said.startswith(f"\nstopped  {saved}") and said.count("\n") == 2
 
 
+def test_file_replaces_the_earlier_one_once_it_is_on_disk(tmp_path, monkeypatch):
+    path, linked, done = tmp_path / "file", tmp_path / "linked", []
+    path.write_text("earlier")
+    linked.hardlink_to(path)
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=call: done.append(name) or call(*a)
+        )
+    with utils.atomic_write(path, "w") as file:
+        file.write("new")
+    assert done == ["fsync", "replace"]
+    assert (path.read_text(), linked.read_text()) == ("new", "earlier")
+
+
+def test_resume_refuses_classes_of_other_names(saves):
+    last, parts = saves.load()[1], make_run().parts()
+    with pytest.raises(utils.UserError, match="its classes are not those of the data set"):
+        utils.restore(last, saves.folder / "last.pt", parts, METADATA | {"classes": ["1"]})
+
+
 def test_last_saved_before_best_would_be_found(saves, monkeypatch):
     save_checkpoint, kept = utils.save_checkpoint, []
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ def test_curves_are_drawn_as_the_run_goes_on_and_never_fail_it(tmp_path):
     assert "head" not in (tmp_path / "drawn/history.csv").read_text()
     script = run_script("train.py", *flags, "not", cwd=tmp_path, prepare=break_curves)
     assert script.status == 0 and "note     not/training_curves.png is not drawn: " in script.stdout
+
+
+def test_curves_are_redrawn_after_ten_seconds(finished_run, tmp_path):
+    path, history = tmp_path / "training_curves.png", load(finished_run / "demo/last.pt")["history"]
+    path.write_text("earlier")
+    for age, drawn in ((0, False), (11, True)):
+        os.utime(path, (time.time() - age,) * 2)
+        utils.draw_progress(tmp_path, history, "loss")
+        assert (path.read_bytes() != b"earlier") == drawn
 
 
 def test_history_csv_holds_what_the_checkpoint_holds(finished_run):

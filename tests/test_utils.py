@@ -373,3 +373,10 @@ def test_an_error_of_ours_keeps_its_traceback(error, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(type(error)), utils.explained_exit("all safe", "less"):
         raise error
+
+
+def test_a_line_is_in_the_log_as_soon_as_it_is_said(tmp_path, monkeypatch):
+    with open(tmp_path / "log", "w") as log:
+        monkeypatch.setattr("sys.stdout", log)
+        utils.say("note", "said")
+        assert (tmp_path / "log").read_text() == "note     said\n"
