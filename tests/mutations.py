@@ -128,7 +128,7 @@ FAULTS = [
     # the images on the device
     ("data.py", "return torch.where(per_image(mask), images.flip(3), images)", "return torch.where(per_image(mask), images.flip(2), images)", INPUT),
     ("data.py", "(images - self.mean) / self.std", "(images - self.std) / self.mean", INPUT),
-    ("data.py", '"antialias": stored_size > size', '"antialias": False', FOLDER),
+    ("data.py", "antialias=stored_size > size", "antialias=False", FOLDER),
     ("data.py", "cos * x - sin * y", "cos * x + sin * y", INPUT),
     ("data.py", "(size - sides + 1)).floor()", "(size - sides)).floor()", INPUT),
     ("data.py", ".clamp(min=0), length - 1) + start", ".clamp(min=0), length) + start", INPUT),
@@ -162,6 +162,9 @@ FAULTS = [
 def main() -> None:
     chosen = [fault for fault in FAULTS if not sys.argv[1:] or fault[0] in sys.argv[1:]]
     survivors, start = 0, time.perf_counter()
+    for name, old, *_ in chosen:
+        if (count := (ROOT / name).read_text().count(old)) != 1:
+            raise SystemExit(f"{name} has {old!r} {count} times: expected once")
     with tempfile.TemporaryDirectory() as folder:
         names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
         for name in filter(None, names):
@@ -172,8 +175,6 @@ def main() -> None:
         for name, old, new, tests in chosen:
             path = Path(folder, name)
             source = path.read_text()
-            if source.count(old) != 1:
-                raise SystemExit(f"{name} has {old!r} {source.count(old)} times: expected once")
             path.write_text(source.replace(old, new))
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *shlex.split(tests)]
             done = subprocess.run(

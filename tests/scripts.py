@@ -17,6 +17,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -127,7 +129,9 @@ class Script:
     def wait(self, seconds: float = 120) -> int:
         """The exit status; minus the signal's number for a process that a signal ended."""
         self.process.join(seconds)
-        assert self.process.exitcode is not None, f"still running\n{self.stdout}{self.stderr}"
+        if self.process.exitcode is None:
+            self.process.kill()  # or pytest would wait for it when it ends
+            pytest.fail(f"still running\n{self.stdout}{self.stderr}")
         return self.process.exitcode
 
     def wait_for(self, text: str, seconds: float = 60) -> None:

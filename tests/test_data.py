@@ -181,6 +181,8 @@ def test_boxes_are_distributed_as_torchvisions(least):
     for column, name in enumerate(("top", "left", "height", "width")):
         assert_same_distribution(ours[:, column], [drawn[name] for drawn in theirs])
     assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all()
+    taller = (ours[:, 2] - ours[:, 3]).sign()
+    assert taller.mean().abs() < 0.03  # as many are taller than wide as wider than tall
 
 
 def assert_same_distribution(ours, theirs) -> None:

@@ -558,6 +558,7 @@ def test_bad_mirror_is_passed_over_for_the_next(
 ):
     urls = [f"{mirror}/{kind}/cifar-100-python.tar.gz" for kind in (fault, "good")]
     pretend(small_cifar100, urls, monkeypatch.setattr)
+    Mirror.left.clear()
     start = time.monotonic()
     data.fetch_cifar100(str(tmp_path / "data"))
     assert time.monotonic() - start < 15  # it would hang for 20
