@@ -28,9 +28,10 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -64,7 +65,16 @@ COMPILE = False  # measure the compiled network too
 JSON = ""  # file that gets the same figures; "" for none
 
 SIZES = ("precision", "batch_size", "image_size", "steps", "warmup_steps", "budget_minutes")
+RIVALS = ("ceiling", "classic", "careful")
 LEAST_TURNS = 3
+
+
+class Setup(NamedTuple):
+    """What every variant is made from."""
+
+    args: Namespace
+    device: torch.device
+    images: data.Split  # in the host's memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,25 +83,22 @@ def main(argv: list[str] | None = None) -> None:
     deadline = begin + 60 * args.budget_minutes
     device = complete(args)
     images, source = read_images(args.data_dir)
+    setup = Setup(args, device, images)
     about = describe(device, source)
-    for label, value in about.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {part}" for name, part in value.items())
-        utils.say(label, value)
+    utils.say("device", about["device"])
+    utils.say("versions", ", ".join(f"{name} {x}" for name, x in about["versions"].items()))
+    utils.say("data", source)
     # First, while the device's memory is free
     starts = [measure_start(args) for _ in range(min(args.repeats, LEAST_TURNS))]
-    if not args.steps:
-        args.steps = fit_steps(args, device, images, deadline)
+    args.steps = args.steps or fit_steps(setup, deadline)
     about["sizes"] = {name: getattr(args, name) for name in SIZES}
     utils.say("sizes", ", ".join(f"{name} {size}" for name, size in about["sizes"].items()))
 
     # An empty cache: what is measured is a first compilation.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        measured = take_turns(args, device, make_variants(args, device, images), deadline)
-    measured["start_seconds"] = {
-        part: median(start[part] for start in starts) for part in starts[0]
-    }
+        measured = take_turns(setup, make_variants(setup), deadline)
+    measured["start_seconds"] = {name: median(x[name] for x in starts) for name in starts[0]}
     result = summarise(args, measured, len(images.labels)) | about
     print_table(result)
     turns, minutes = len(measured["repeats"]["ours"]), (time.perf_counter() - begin) / 60
@@ -100,127 +107,49 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def make_variants(
-    args: Namespace, device: torch.device, images: data.Split
-) -> dict[str, Iterator[float]]:
-    """What is measured, by name."""
-    variants = {
-        "ours": train_ours(args, device, images),
-        "ceiling": train_ours(args, device, images, OneBatch),
-        "classic": train_classic(args, device, images),
-        "careful": train_careful(args, device, images),
-        "evaluation": evaluate(args, device, images),
-        "augmentation": augment(args, device, images),
-        "augmentation_torchvision": augment_with_torchvision(args, images),
-    }
-    if args.compile:
-        variants["compiled"] = train_ours(args, device, images, compile_it=True)
-    return variants
-
-
 # ---- the variants: generators that take a turn for each value asked of them, images/s -----------
 
 
-class ShortLoader(data.TrainLoader):
-    """The project's loader over all images, its epoch as short as asked for."""
-
-    def __init__(self, images: data.Split, args: Namespace, steps: int) -> None:
-        super().__init__(images, args)
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-
-class OneBatch(ShortLoader):
-    """Yields one batch that is on the device already."""
-
-    def __init__(self, images: data.Split, args: Namespace, steps: int) -> None:
-        super().__init__(images, args, steps)
-        self.batch = next(super().epoch(0))
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from [self.batch] * self.steps
+def make_variants(setup: Setup) -> dict[str, Iterator[float]]:
+    """What is measured, by name."""
+    variants = {
+        "ours": train_ours(setup),
+        "ceiling": train_ours(setup, one_batch=True),
+        "classic": train_classic(setup),
+        "careful": train_careful(setup),
+        "evaluation": evaluate(setup),
+        "augmentation": augment(setup),
+        "augmentation_torchvision": augment_with_torchvision(setup),
+    }
+    if setup.args.compile:
+        variants["compiled"] = train_ours(setup, compile_it=True)
+    return variants
 
 
-def train_ours(
-    args: Namespace,
-    device: torch.device,
-    images: data.Split,
-    kind: type[ShortLoader] = ShortLoader,
-    compile_it: bool = False,
-) -> Iterator[float]:
-    """This project's training, or with OneBatch its ceiling: the timed epoch counts as a whole."""
-    run, images = start_run(args, device, compile_it), images.to(device)
-    loaders = [kind(images, args, steps) for steps in (args.warmup_steps, args.steps)]
-    yield from time_loaders(
-        loaders, device, lambda loader: train.train_one_epoch(run, loader, 1, args)
-    )
+def train_ours(setup: Setup, one_batch: bool = False, compile_it: bool = False) -> Iterator[float]:
+    """This project's training: the timed epoch counts as a whole."""
+    args, run = setup.args, start_run(setup, compile_it)
+    loaders = make_loaders(setup, one_batch)
+    yield from time_loaders(setup, loaders, lambda x: train.train_one_epoch(run, x, 1, args))
 
 
-def train_classic(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
-    """As tutorials write it."""
-    model = resnet.build_model("resnet50", 100).to(device)
-    criterion = nn.CrossEntropyLoss()
-    optimizer = SGD(
-        model.parameters(), args.learning_rate, args.momentum, weight_decay=args.weight_decay
-    )
-    loader = make_dataloader(args, images)
-    while True:
-        model.train()
-        seconds, running_loss = [], 0.0
-        for inputs, labels in time_steps(loader, args, device, seconds):
-            inputs, labels = inputs.to(device), labels.to(device)
-            optimizer.zero_grad()
-            outputs = model(inputs)
-            loss = criterion(outputs, labels)
-            loss.backward()
-            optimizer.step()
-            running_loss += loss.item()
-        yield args.steps * args.batch_size / sum(seconds)
-
-
-def train_careful(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
-    """As a careful user writes it, who also lets the GPU run ahead of the host."""
-    run, on_gpu = start_run(args, device), device.type == "cuda"
-    model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    loader = make_dataloader(args, images, persistent_workers=True, pin_memory=on_gpu)
-    while True:
-        model.train()
-        seconds, loss_sum = [], 0.0
-        for inputs, labels in time_steps(loader, args, device, seconds):
-            inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with resnet.autocast(device, run.dtype):
-                loss = F.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            loss_sum += loss.detach()
-        yield args.steps * args.batch_size / sum(seconds)
-
-
-def evaluate(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
+def evaluate(setup: Setup) -> Iterator[float]:
     """This project's evaluation: resize, normalise, forward pass."""
-    run, size = start_run(args, device), args.batch_size
+    args, device, images = setup
+    run, size = start_run(setup), args.batch_size
     parts = [images.images[: size * steps].to(device) for steps in (1, args.steps)]
     loaders = [data.EvalLoader(part, size, args.image_size) for part in parts]
-    yield from time_loaders(
-        loaders, device, lambda loader: resnet.predict(run.model, loader, run.dtype)
-    )
+    yield from time_loaders(setup, loaders, lambda x: resnet.predict(run.model, x, run.dtype))
 
 
-def augment(args: Namespace, device: torch.device, images: data.Split) -> Iterator[float]:
+def augment(setup: Setup) -> Iterator[float]:
     """This project's augmentation, resize included, a batch at a time."""
-    images = images.to(device)
-    loaders = [ShortLoader(images, args, steps) for steps in (args.warmup_steps, args.steps)]
-    yield from time_loaders(loaders, device, lambda loader: deque(loader.epoch(0), maxlen=0))
+    yield from time_loaders(setup, make_loaders(setup), lambda x: deque(x.epoch(0), maxlen=0))
 
 
-def augment_with_torchvision(args: Namespace, images: data.Split) -> Iterator[float]:
+def augment_with_torchvision(setup: Setup) -> Iterator[float]:
     """torchvision's, an image at a time in one process: what each worker of a DataLoader does."""
-    dataset, count = PilImages(images, make_transform(args)), 256
+    dataset, count = PilImages(setup.images, setup.args), 256
     while True:
         start = time.perf_counter()
         for index in range(count):
@@ -228,36 +157,85 @@ def augment_with_torchvision(args: Namespace, images: data.Split) -> Iterator[fl
         yield count / (time.perf_counter() - start)
 
 
+def train_classic(setup: Setup) -> Iterator[float]:
+    """As tutorials write it."""
+    args, device, _ = setup
+    model = resnet.build_model("resnet50", 100).to(device)
+    criterion = nn.CrossEntropyLoss()
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay}
+    optimizer = SGD(model.parameters(), args.learning_rate, **options)
+
+    def step(inputs: Tensor, labels: Tensor) -> float:
+        inputs, labels = inputs.to(device), labels.to(device)
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = criterion(outputs, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    yield from time_steps(setup, make_dataloader(setup), step)
+
+
+def train_careful(setup: Setup) -> Iterator[float]:
+    """As a careful user writes it, who also lets the GPU run ahead of the host."""
+    device, run = setup.device, start_run(setup)
+
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
+        inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with resnet.autocast(device, run.dtype):
+            loss = F.cross_entropy(run.model(inputs), labels)
+        run.optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        return loss.detach()
+
+    options = {"persistent_workers": True, "pin_memory": device.type == "cuda"}
+    yield from time_steps(setup, make_dataloader(setup, **options), step)
+
+
 # ---- what they are made of ----------------------------------------------------------------------
 
 
-def start_run(args: Namespace, device: torch.device, compile_it: bool = False) -> train.Run:
+def start_run(setup: Setup, compile_it: bool = False) -> train.Run:
     """ResNet-50 with random weights in channels_last, and what trains it."""
-    model = resnet.build_model("resnet50", 100).to(device, memory_format=torch.channels_last)
-    run = train.make_run(args, model, args.precision)
+    model = resnet.build_model("resnet50", 100)
+    model = model.to(setup.device, memory_format=torch.channels_last)
+    run = train.make_run(setup.args, model, setup.args.precision)
     run.network = train.wrap_network(model, compile_it)
     return run
 
 
-class PilImages(Dataset):
-    """Makes a PIL image of an array's row and transforms it, as torchvision's CIFAR100 does."""
+class ShortLoader(data.TrainLoader):
+    """The project's loader, its epoch as short as asked for, or one batch again and again."""
 
-    def __init__(self, images: data.Split, transform: transforms.Compose) -> None:
-        self.data = np.ascontiguousarray(images.images.permute(0, 2, 3, 1).numpy())
-        self.targets = images.labels.tolist()
-        self.transform = transform
+    def __init__(self, split: data.Split, args: Namespace, steps: int, one_batch=False) -> None:
+        super().__init__(split, args)
+        self.steps = steps
+        self.batch = next(super().epoch(0)) if one_batch else None
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self.steps
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return repeat(self.batch, self.steps) if self.batch else super().epoch(epoch)
 
 
-def make_transform(args: Namespace) -> transforms.Compose:
-    """The augmentation of train.py, as strong, in torchvision's terms."""
-    return transforms.Compose(
-        [
+def make_loaders(setup: Setup, one_batch: bool = False) -> list[ShortLoader]:
+    """For the warm-up and for what is timed, of images on the device."""
+    args, images = setup.args, setup.images.to(setup.device)
+    return [ShortLoader(images, args, x, one_batch) for x in (args.warmup_steps, args.steps)]
+
+
+class PilImages(Dataset):
+    """PIL images as torchvision's CIFAR100 makes them, augmented by torchvision as by train.py."""
+
+    def __init__(self, split: data.Split, args: Namespace) -> None:
+        self.data = np.ascontiguousarray(split.images.permute(0, 2, 3, 1).numpy())
+        self.targets = split.labels.tolist()
+        steps = [
             transforms.RandomHorizontalFlip(args.flip),
             transforms.RandomCrop(32, padding=args.crop_padding),
             transforms.ColorJitter(args.brightness, args.contrast, args.saturation, args.hue),
@@ -267,50 +245,56 @@ def make_transform(args: Namespace) -> transforms.Compose:
             transforms.ToTensor(),
             transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
         ]
-    )
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
 
 
-def make_dataloader(args: Namespace, images: data.Split, **options: bool) -> DataLoader:
+def make_dataloader(setup: Setup, **options: bool) -> DataLoader:
     """A worker per core; as many batches as a turn uses, and those that they prefetch."""
-    dataset, workers = PilImages(images, make_transform(args)), os.cpu_count()
+    args, workers, dataset = setup.args, os.cpu_count(), PilImages(setup.images, setup.args)
     batches = args.warmup_steps + args.steps + 2 * workers
     sampler = RandomSampler(dataset, num_samples=batches * args.batch_size)
     return DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=workers, **options)
 
 
-def time_loaders(loaders: list, device: torch.device, use: Callable) -> Iterator[float]:
+def time_loaders(setup: Setup, loaders: list, use: Callable) -> Iterator[float]:
     """Uses a loader to warm up, then another, in images/s: an epoch with all that belongs to it."""
     while True:
         for loader in loaders:
-            synchronize(device)
-            start = time.perf_counter()
+            start = synchronized_clock(setup.device)
             use(loader)
-            synchronize(device)
-        yield len(loader) * loader.batch_size / (time.perf_counter() - start)
+            seconds = synchronized_clock(setup.device) - start
+        yield len(loader) * loader.batch_size / seconds
 
 
-def time_steps(
-    loader: DataLoader, args: Namespace, device: torch.device, seconds: list[float]
-) -> Iterator[list[Tensor]]:
-    """Yields a turn's batches; appends the seconds that the loop took for those after warm-up.
+def time_steps(setup: Setup, loader: DataLoader, step: Callable) -> Iterator[float]:
+    """Steps on a loader's batches, in images/s of those after the warm-up, the loop included.
 
     Then takes what the workers have prefetched, so that none is at work in the next turn.
     """
-    batches = iter(loader)
-    yield from islice(batches, args.warmup_steps)
-    synchronize(device)
-    start = time.perf_counter()
-    yield from islice(batches, args.steps)
-    synchronize(device)
-    seconds.append(time.perf_counter() - start)
-    for _ in batches:
-        pass
+    args, device, _ = setup
+    while True:
+        batches, loss_sum = iter(loader), 0.0
+        for batch in islice(batches, args.warmup_steps):
+            loss_sum += step(*batch)
+        start = synchronized_clock(device)
+        for batch in islice(batches, args.steps):
+            loss_sum += step(*batch)
+        seconds = synchronized_clock(device) - start
+        deque(batches, maxlen=0)
+        yield args.steps * args.batch_size / seconds
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was asked for."""
+def synchronized_clock(device: torch.device) -> float:
+    """The time when the device has done all that it was asked for."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 # ---- settings and images ------------------------------------------------------------------------
@@ -319,15 +303,13 @@ def synchronize(device: torch.device) -> None:
 def complete(args: Namespace) -> torch.device:
     """Fills in what is left to the device and the constants of train.py; returns the device."""
     device = utils.choose_device(args.device)
-    on_cpu = device.type == "cpu"
+    size, warmup_steps = (16, 2) if device.type == "cpu" else (128, 2 * os.cpu_count())
     args.precision = utils.choose_precision(args.precision, device)
-    args.batch_size = args.batch_size or (16 if on_cpu else 128)
-    args.warmup_steps = args.warmup_steps or (2 if on_cpu else 2 * os.cpu_count())
-    args.warmup_steps, args.steps = (
-        min(steps, 50_000 // args.batch_size) for steps in (args.warmup_steps, args.steps)
-    )  # no more than an epoch
-    constants = utils.parse_flags(train.__file__, [])
-    vars(args).update(vars(constants) | vars(args))
+    args.batch_size = args.batch_size or size
+    most = 50_000 // args.batch_size  # an epoch
+    args.warmup_steps = min(args.warmup_steps or warmup_steps, most)
+    args.steps = min(args.steps, most)
+    vars(args).update(vars(utils.parse_flags(train.__file__, [])) | vars(args))
     return device
 
 
@@ -348,50 +330,42 @@ def describe(device: torch.device, source: str) -> dict:
         cpu = cpuinfo.split("model name", 1)[1].split("\n", 1)[0].strip("\t :")
     except (OSError, IndexError):  # not Linux, or an ARM one
         cpu = platform.processor() or platform.machine()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "pillow": pillow_version,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"torchvision": torchvision.__version__, "pillow": pillow_version}
     if device.type == "cuda":
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    return {
-        "device": f"{utils.device_name(device)}; host {cpu}, {os.cpu_count()} cores",
-        "versions": versions,
-        "data": source,
-    }
+    machine = f"{utils.device_name(device)}; host {cpu}, {os.cpu_count()} cores"
+    return {"device": machine, "versions": versions, "data": source}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def fit_steps(args: Namespace, device: torch.device, images: data.Split, deadline: float) -> int:
+def fit_steps(setup: Setup, deadline: float) -> int:
     """Times one step of each variant; returns how many allow LEAST_TURNS before the deadline."""
+    args = setup.args
     trial = Namespace(**vars(args) | {"steps": 1, "warmup_steps": 1, "compile": False})
     seconds_per_step = 0
-    for variant in make_variants(trial, device, images).values():
+    for variant in make_variants(setup._replace(args=trial)).values():
         seconds_per_step += args.batch_size / next(variant)
         variant.close()
     seconds_per_turn = (deadline - time.perf_counter()) / LEAST_TURNS
-    most = min(8 if device.type == "cpu" else 50, 50_000 // args.batch_size)
+    most = min(8 if setup.device.type == "cpu" else 50, 50_000 // args.batch_size)
     return max(1, min(most, int(seconds_per_turn / seconds_per_step) - args.warmup_steps))
 
 
-def take_turns(
-    args: Namespace, device: torch.device, variants: dict[str, Iterator], deadline: float
-) -> dict:
+def take_turns(setup: Setup, variants: dict[str, Iterator], deadline: float) -> dict:
     """Every repeat's images/s, bytes of device memory at the peak, seconds of the first turns."""
-    names, on_gpu = list(variants), device.type == "cuda"
+    names, on_gpu = list(variants), setup.device.type == "cuda"
     rates = {name: [] for name in names}
     first_seconds, peak_memory, held, longest = {}, {}, dict.fromkeys(names, 0), 0
-    for repeat in range(args.repeats):
+    options = {"unit": "variant", "leave": False, "disable": not utils.on_terminal()}
+    for turn in range(setup.args.repeats):
         begin = time.perf_counter()
-        if repeat >= LEAST_TURNS and begin + longest > deadline:
+        if turn >= LEAST_TURNS and begin + longest > deadline:
             break
-        options = {"unit": "variant", "leave": False, "disable": not utils.on_terminal()}
-        bar = tqdm(total=len(names), desc=f"turn {repeat + 1}", **options)
-        for name in names if repeat % 2 == 0 else reversed(names):
+        order = names[::-1] if turn % 2 else names
+        for name in tqdm(order, f"turn {turn + 1}", **options):
             start = time.perf_counter()
             if on_gpu:
                 before = torch.cuda.memory_allocated()
@@ -401,14 +375,9 @@ def take_turns(
                 peak_memory[name] = held[name] + torch.cuda.max_memory_allocated() - before
                 held[name] += torch.cuda.memory_allocated() - before
             first_seconds.setdefault(name, time.perf_counter() - start)
-            bar.update()
-        bar.close()
         longest = max(longest, time.perf_counter() - begin)
-    return {
-        "repeats": rates,
-        "first_turn_seconds": first_seconds,
-        "peak_memory_bytes": peak_memory,
-    }
+    measured = {"repeats": rates, "first_turn_seconds": first_seconds}
+    return measured | {"peak_memory_bytes": peak_memory}
 
 
 def measure_start(args: Namespace) -> dict[str, float]:
@@ -434,11 +403,11 @@ def take_first_step(settings: str, times: list[float]) -> None:
     args = Namespace(**json.loads(settings))
     device = utils.choose_device(args.device)
     times.append(time.time())
-    images = read_images(args.data_dir)[0].to(device)
+    setup = Setup(args, device, read_images(args.data_dir)[0].to(device))
     times.append(time.time())
-    run = start_run(args, device)
+    run = start_run(setup)
     times.append(time.time())
-    train.train_one_epoch(run, ShortLoader(images, args, 1), 1, args)
+    train.train_one_epoch(run, ShortLoader(setup.images, args, 1), 1, args)
     times.append(time.time())
     print(json.dumps(times))
 
@@ -446,7 +415,7 @@ def take_first_step(settings: str, times: list[float]) -> None:
 def summarise(args: Namespace, measured: dict, epoch_images: int) -> dict:
     """Medians and the ratios between them, before all that was measured."""
     result = {name: median(rates) for name, rates in measured["repeats"].items()}
-    for name in ("ceiling", "classic", "careful"):
+    for name in RIVALS:
         result[f"ours_over_{name}"] = result["ours"] / result[name]
     if args.compile:
         images = (args.warmup_steps + args.steps) * args.batch_size
@@ -464,7 +433,7 @@ def print_table(result: dict) -> None:
     ours = result["repeats"]["ours"]
     for name, rates in result["repeats"].items():
         spread, ratio, peak = f"{min(rates):,.1f} .. {max(rates):,.1f}", "", ""
-        if name in ("ceiling", "classic", "careful", "compiled"):
+        if name in (*RIVALS, "compiled"):
             ratios = [own / other for own, other in zip(ours, rates)]
             ratio = f"{result['ours'] / result[name]:.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
         if memory := result["peak_memory_bytes"].get(name):
@@ -476,11 +445,9 @@ def print_table(result: dict) -> None:
     utils.say("start", f"{sum(parts.values()):.1f} s to the end of the first step: {listing}")
     if "compiled" in result:
         epochs = result["compile_pays_after_epochs"]
-        utils.say(
-            "compile",
-            f"{result['compiled_over_ours']:.2f} times ours, {result['compile_seconds']:.1f} s at "
-            f"the start, paid back {'never' if epochs is None else f'after {epochs:.1f} epochs'}",
-        )
+        speed, cost = result["compiled_over_ours"], result["compile_seconds"]
+        paid = "never" if epochs is None else f"after {epochs:.1f} epochs"
+        utils.say("compile", f"{speed:.2f} times ours, {cost:.1f} s at the start, paid back {paid}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Two processes at a time; fixtures: the real data where it is there, and small finished runs."""
 
-import fcntl
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from scripts import ROOT, TINY, run_script
+from scripts import ROOT, TINY, run_script, save_blank, share_folder
 
 # For the processes that tests start:
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
@@ -36,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_finish() -> None:
+    """Leaves torch's many objects out of every garbage collection from now on."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def cifar100_dir() -> str:
     """The folder with the official files; skips the test where they are not there."""
@@ -54,6 +59,23 @@ def imagenet_weights() -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def savefig() -> Iterator[Callable]:
+    """Pictures become one blank pixel, but in tests that ask for `rendered`; yields the real one."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = Figure.savefig
+        patch.setattr(Figure, "savefig", save_blank)
+        yield real
+
+
+@pytest.fixture
+def rendered(savefig, monkeypatch) -> None:
+    """Pictures are drawn as a user sees them, which takes several seconds for an evaluation."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
     """A folder in which TINY ran for two epochs: last.pt, best.pt and history.csv in demo/."""
@@ -70,17 +92,3 @@ def run_tiny(folder: Path, epochs: str) -> None:
     flags = [*TINY, "--epochs", epochs, "--checkpoint-dir", "demo"]
     script = run_script("train.py", *flags, cwd=folder)
     assert script.status == 0, script.stderr
-
-
-def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:
-    """A folder that the first process of pytest-xdist to ask for it fills for all of them."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, scratch = base / name, base / f"{name}-unfinished"
-    with open(base / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            scratch.mkdir(exist_ok=True)
-            fill(scratch)
-            scratch.rename(folder)
-    return folder

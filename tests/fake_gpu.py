@@ -5,11 +5,14 @@ torch's own rules, but every number that the host reads is NUMBER. It cannot sho
 NCCL, compiled code, time or memory.
 """
 
+import multiprocessing
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torchvision.models.resnet import BasicBlock
 
 FOLDERS = [str(folder) for folder in Path(__file__).resolve().parents[:2]]  # of the project
 NUMBER = 9  # also the largest label of the digits
@@ -180,3 +184,30 @@ def fake_gpu(free: float) -> Iterator[FakeGPU]:
     ):
         yield gpu
     torch._C._set_only_lift_cpu_tensors(False)
+
+
+def run_on_fake_gpu(main, command: str, free: float = 80e9) -> FakeGPU:
+    """Runs a script's main(); how it failed is among the problems."""
+    with fake_gpu(free) as gpu, redirect_stdout(StringIO()) as said:
+        try:
+            main(command.split())
+        except (Exception, SystemExit) as error:  # noqa: BLE001, reported
+            gpu.problems.append(f"{type(error).__name__}: {error}")
+    if "device   fake GPU" not in said.getvalue():
+        gpu.problems.append("it did not run on the GPU")
+    return gpu
+
+
+def own_processes() -> ProcessPoolExecutor:
+    """Runs functions in other processes, on each core one."""
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("forkserver"))
+
+
+def in_its_own_process(function, *args) -> object:
+    with own_processes() as pool:
+        return pool.submit(function, *args).result()
+
+
+def smaller(make: Callable) -> Callable:
+    """ResNet.__init__() with one basic block per stage: the same kinds of operations."""
+    return lambda self, *args, **more: make(self, BasicBlock, [1] * 4, **more)

@@ -4,6 +4,9 @@ A server process imports torch and ours once and forks a child for every run: ow
 files and signals, the exit status that a shell would see.
 """
 
+import csv
+import fcntl
+import gc
 import itertools
 import multiprocessing
 import os
@@ -11,6 +14,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -23,18 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # A whole run in seconds: four scans of each digit in two steps per epoch, validated on two others.
-TINY = ["--demo", "--train-per-class", "4", "--holdout-per-class", "2", "--batch-size", "20"]
-TINY += [
-    "--log-every",
-    "1",
-    "--no-curves",
-    "--precision",
-    "fp32",
-]  # bf16 is slow where the CPU must emulate it
-# In place of the demo's recipe: the usual momentum, no moving average, and augmentation.
-CLASSIC = "--learning-rate 0.02 --momentum 0.9 --ema-decay 0 --crop-padding 2"
-CLASSIC += " --brightness 0.2 --contrast 0.2 --rotation 10"
-TINY += CLASSIC.split()
+# A small network, in fp32 because CPUs without bf16 emulate it slowly; in place of the demo's
+# recipe the usual momentum, no moving average, and augmentation.
+TINY = "--demo --train-per-class 4 --holdout-per-class 2 --batch-size 20 --log-every 1 --no-curves"
+TINY += " --architecture resnet18 --precision fp32 --learning-rate 0.02 --momentum 0.9"
+TINY += " --ema-decay 0 --crop-padding 2 --brightness 0.2 --contrast 0.2 --rotation 10"
+TINY = TINY.split()
+
+# Every recipe of train.py, as flags.
+RECIPES = "--head-epochs 2 --schedule cosine --warmup-epochs 0.5 --label-smoothing 0.1"
+RECIPES += " --mixup 0.2 --cutmix 1 --ema-decay 0.99 --freeze-stages 1 --freeze-batch-norm"
 
 # Every operation, at a strength of its own.
 AUGMENTATION = {
@@ -52,7 +54,7 @@ AUGMENTATION = {
 
 def settings(**changes: object) -> Namespace:
     """The settings of train.py without augmentation at 32 px, changed by name."""
-    import train  # not for all, because pytest-xdist's first process needs no torch
+    import train
     import utils
 
     args = utils.parse_flags(train.__file__, [])
@@ -60,6 +62,48 @@ def settings(**changes: object) -> Namespace:
     assert changes.keys() <= vars(args).keys()
     vars(args).update(changes)
     return args
+
+
+def load(path: Path) -> dict:
+    import torch  # not for all, because pytest-xdist's first process needs none of it
+
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(ours, theirs) -> None:
+    """Bit for bit the same, all the way down, but for times and for what was asked of each run."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"seconds", "images_per_second", "constants"}:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_same(one, other)
+    elif hasattr(ours, "untyped_storage"):  # a tensor
+        assert ours.equal(theirs)
+    else:
+        assert ours == theirs
+
+
+def read_rows(path: str) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that the first process of pytest-xdist to ask for it fills for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, scratch = base / name, base / f"{name}-unfinished"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            scratch.mkdir(exist_ok=True)
+            fill(scratch)
+            scratch.rename(folder)
+    return folder
 
 
 def link_run(run: Path, folder: Path) -> Path:
@@ -72,6 +116,15 @@ def link_run(run: Path, folder: Path) -> Path:
 # the local address torchrun connects without it, gloo with the name of the interface (of Linux).
 NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
 NO_NAMES = NO_NAMES if sys.platform == "linux" else {}
+
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
+TORCHRUN = [*LAUNCHER, "--standalone"]
+
+
+def start_process(command: list[str], cwd: Path) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | NO_NAMES, **pipes)
 
 
 def torchrun_environment(rank: int = 0, port: int = 0, **changed: object) -> dict[str, str]:
@@ -97,6 +150,13 @@ def find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def save_blank(figure, path, **_) -> None:
+    """In place of matplotlib's Figure.savefig: to render takes most of an evaluation's time."""
+    from PIL import Image
+
+    Image.new("RGBA", (1, 1)).save(path, "png")
 
 
 _numbers = itertools.count()
@@ -154,6 +214,9 @@ def run_script(name: str, *args: str, cwd: Path, **options) -> Script:
 
 
 def _run(path: str, args: tuple, cwd: str, streams: list[str], prepare) -> None:
+    from matplotlib.figure import Figure
+
+    gc.freeze()
     os.chdir(cwd)
     for descriptor, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -162,6 +225,7 @@ def _run(path: str, args: tuple, cwd: str, streams: list[str], prepare) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = [path, *args]
     sys.path.insert(0, str(ROOT))
+    Figure.savefig = save_blank
     if prepare:
         prepare()
     runpy.run_path(path, run_name="__main__")

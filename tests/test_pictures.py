@@ -1,4 +1,4 @@
-"""evaluate.py's pictures: what is drawn in them, read back from matplotlib's figures."""
+"""evaluate.py's pictures and the curves: what is drawn, read back from matplotlib's figures."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,7 @@ LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 0, 1, 2, 1, 2, 0, 1])
 CONFIDENCE = np.array([0.9, 0.8, 0.7, 0.55, 0.6, 0.95, 0.65, 0.85])
 IMAGES = torch.arange(8, dtype=torch.uint8)[:, None, None, None].mul(10).expand(8, 3, 16, 16)
-
-
-@pytest.fixture
-def result():
-    return evaluate.Result(NAMES, LABELS, PREDICTED, CONFIDENCE, "results", {})
+RESULT = evaluate.Result(NAMES, LABELS, PREDICTED, CONFIDENCE, "results", {})
 
 
 def cells(figure) -> np.ndarray:
@@ -29,35 +25,36 @@ def cells(figure) -> np.ndarray:
     return mesh.get_array().reshape(mesh.get_array().shape)
 
 
-def test_heat_map_has_true_classes_as_rows_each_divided_by_its_images(result):
-    figure = evaluate.draw_matrix(result.matrix, NAMES)
+def texts(labels) -> list[str]:
+    return [label.get_text() for label in labels]
+
+
+def test_heat_map_has_true_classes_as_rows_each_divided_by_its_images():
+    figure = evaluate.draw_matrix(RESULT.matrix, NAMES)
     expected = confusion_matrix(LABELS, PREDICTED, normalize="true")
     assert np.allclose(cells(figure), expected) and not np.allclose(expected, expected.T)
     axes = figure.axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
-    assert [x.get_text() for x in axes.get_yticklabels()] == NAMES
-    assert axes.yaxis_inverted()
-    numbers = [x.get_text() for x in axes.texts]  # row by row, nothing where no image is
-    assert numbers == ["2", "", "", "", "2", "1", "1", "1", "1"]
+    assert texts(axes.get_yticklabels()) == NAMES and axes.yaxis_inverted()
+    # The numbers row by row, nothing where no image is:
+    assert texts(axes.texts) == ["2", "", "", "", "2", "1", "1", "1", "1"]
 
 
 def test_heat_map_of_100_classes_is_grouped_by_superclass():
     matrix = np.zeros((100, 100), int)
-    flatfish, seal = data.CLASSES.index("flatfish"), data.CLASSES.index("seal")
-    matrix[flatfish, seal] = 7
-    names = [x for group in data.SUPERCLASSES.values() for x in group]
-    figure = evaluate.draw_matrix(data.by_superclass(matrix), names, list(data.SUPERCLASSES))
+    matrix[data.CLASSES.index("flatfish"), data.CLASSES.index("seal")] = 7
+    names, groups = sum(data.SUPERCLASSES.values(), ()), list(data.SUPERCLASSES)
+    figure = evaluate.draw_matrix(data.by_superclass(matrix), names, groups)
     ((row, column),) = np.argwhere(cells(figure))
-    assert (names[row], names[column]) == ("flatfish", "seal")
-    labels = [x.get_text() for x in figure.axes[0].get_yticklabels()]
-    assert labels[row] == "flatfish" and len(labels) == 100
-    groups = [child for child in figure.axes[0].child_axes if len(child.get_yticks()) == 20]
-    assert [x.get_text() for x in groups[0].get_yticklabels()] == list(data.SUPERCLASSES)
-    assert list(data.SUPERCLASSES)[row // 5] == "fish"
+    assert (names[row], names[column], groups[row // 5]) == ("flatfish", "seal", "fish")
+    axes = figure.axes[0]
+    assert texts(axes.get_yticklabels()) == list(names)
+    right = next(child for child in axes.child_axes if len(child.get_yticks()) == 20)
+    assert texts(right.get_yticklabels()) == groups
 
 
-def test_mistakes_are_only_mistakes_and_the_surest_first(result):
-    figure = evaluate.draw_mistakes(result, IMAGES)
+def test_mistakes_are_only_mistakes_and_the_surest_first():
+    figure = evaluate.draw_mistakes(RESULT, IMAGES)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "true: fox\npredicted: dog\nconfidence: 85.00 %",
         "true: fox\npredicted: cat\nconfidence: 65.00 %",
@@ -66,27 +63,31 @@ def test_mistakes_are_only_mistakes_and_the_surest_first(result):
     assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes] == [70, 60, 30]
 
 
-def test_confused_pairs_show_images_of_both_classes_and_of_both_mistakes(result):
-    figure = evaluate.draw_pairs(result, IMAGES)
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles[:4] == [
+def test_confused_pairs_show_images_of_both_classes_and_of_both_mistakes():
+    axes = evaluate.draw_pairs(RESULT, IMAGES).axes[:4]
+    assert [x.get_title(loc="left") for x in axes] == [
         "dog recognised: 2",
         "dog taken for fox: 1",
         "fox taken for dog: 1",
         "fox recognised: 1",
     ]
-    first, *_, last = figure.axes[:4]
-    grays = [set(np.unique(axes.images[0].get_array())) for axes in (first, last)]
-    assert grays[0] == {20, 40, 255} and grays[1] == {50, 255}  # and white where there is none
+    grays = [set(np.unique(x.images[0].get_array())) for x in axes]
+    assert grays == [{20, 40, 255}, {30, 255}, {70, 255}, {50, 255}]  # white where there is none
 
 
-def test_bars_of_f1_begin_with_the_worst_class(result):
-    axes = evaluate.draw_f1(result).axes[0]
+def test_bars_of_f1_begin_with_the_worst_class_and_leave_out_those_without_images():
+    axes = evaluate.draw_f1(RESULT).axes[0]
     f1 = f1_score(LABELS, PREDICTED, average=None)
     order = np.argsort(f1, kind="stable")
-    assert [x.get_text() for x in axes.get_yticklabels()] == [NAMES[i] for i in order]
+    assert texts(axes.get_yticklabels()) == [NAMES[i] for i in order]
     assert np.allclose([bar.get_width() for bar in axes.patches], f1[order])
     assert axes.yaxis_inverted() and axes.get_xlabel() == "F1"
+
+    labels, predicted = np.array([0, 0, 0, 2]), np.array([0, 0, 2, 1])
+    result = evaluate.Result(list("abcd"), labels, predicted, np.ones(4), "", {})
+    axes = evaluate.draw_f1(result).axes[0]
+    assert texts(axes.get_yticklabels()) == ["c", "a"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 0.8])
 
 
 def test_reliability_shows_accuracy_and_share_of_each_bin():
@@ -101,25 +102,46 @@ def test_reliability_shows_accuracy_and_share_of_each_bin():
     assert (share[7], share[14]) == (0.75, 0.25)
 
 
-@pytest.mark.parametrize(("watch", "best"), [("loss", 2), ("accuracy", 3)])
-def test_star_is_on_the_epoch_that_was_best(watch, best):
-    history = [
-        {"epoch": epoch, "learning_rate": 0.1, "train_loss": 2.0, "train_accuracy": 0.1}
-        | {"val_loss": loss, "val_accuracy": accuracy}
-        for epoch, loss, accuracy in ((1, 3.0, 0.2), (2, 1.0, 0.3), (3, 1.5, 0.4), (4, 2.5, 0.3))
+def make_history(first: int, losses: list[float], accuracies: list[float]) -> list[dict]:
+    """Epochs from first on; figures of training differ from those of validation."""
+    return [
+        {"epoch": epoch, "learning_rate": loss / 10, "val_loss": loss, "val_accuracy": accuracy}
+        | {"train_loss": loss / 2, "train_accuracy": accuracy / 2}
+        for epoch, (loss, accuracy) in enumerate(zip(losses, accuracies), start=first)
     ]
+
+
+@pytest.mark.parametrize(("first", "watch", "best"), [(0, "loss", 1), (1, "accuracy", 3)])
+def test_curves_have_a_star_on_the_best_epoch_and_say_what_was_augmented(first, watch, best):
+    history = make_history(first, [3.0, 1.0, 1.5, 2.5], [0.2, 0.3, 0.4, 0.3])
     figure = utils.draw_curves(history, watch)
     for axes, name in zip(figure.axes, ("loss", "accuracy")):
         lines = {line.get_marker(): line for line in axes.lines}
-        assert lines["*"].get_xydata().tolist() == [[best, history[best - 1][f"val_{name}"]]]
+        assert lines["*"].get_xydata().tolist() == [[best, history[best - first][f"val_{name}"]]]
+        assert lines["*"].get_label() == f"best epoch by validation {watch}: {best}"
         assert lines["s"].get_ydata().tolist() == [row[f"val_{name}"] for row in history]
         assert lines["o"].get_ydata().tolist() == [row[f"train_{name}"] for row in history]
+        from_epoch_1 = "" if first else " from epoch 1"  # epoch 0 trains the head on plain images
+        assert lines["o"].get_label() == f"training, augmented{from_epoch_1}"
 
 
 def test_curves_of_a_head_alone_show_its_own_epochs():
-    row = {"epoch": 0, "learning_rate": 0.1, "train_loss": 2.0, "train_accuracy": 0.3}
-    row |= {"val_loss": 1.5, "val_accuracy": 0.4, "head": [(4.0, 0.1), (2.0, 0.3)]}
+    (row,) = make_history(0, [1.5], [0.4])
+    row["head"] = [(4.0, 0.1), (2.0, 0.3)]
     for place, axes in enumerate(utils.draw_curves([row], "loss").axes[:2]):
         (line,) = [line for line in axes.lines if "the head's epochs" in line.get_label()]
         expected = [[-0.5, row["head"][0][place]], [0, row["head"][1][place]]]
         assert line.get_xydata().tolist() == expected
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 30, 300])
+def test_curves_are_over_whole_epochs(epochs):
+    falling = [1 / epoch for epoch in range(1, epochs + 1)]
+    figure = utils.draw_curves(make_history(1, falling, falling), "loss")
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        assert [len(line.get_xdata()) for line in axes.get_lines()] == [epochs, epochs, 1]
+        assert all(tick.lstrip("−").isdigit() for tick in texts(axes.get_xticklabels()))
+    for axes in figure.axes:
+        for text in texts(axes.get_yticklabels(which="both")):
+            assert not {"e", "$"} & set(text)  # 0.006, neither 6e-03 nor mathematics

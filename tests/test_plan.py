@@ -9,10 +9,8 @@ from argparse import Namespace
 import pytest
 import torch
 import torchvision
-from scripts import Script, run_script, settings
-from test_gpu import in_its_own_process, run_on_fake_gpu
-from test_processes import TORCHRUN, start
-from test_train import load
+from fake_gpu import in_its_own_process, run_on_fake_gpu
+from scripts import TORCHRUN, Script, load, run_script, settings, start_process
 
 import train
 import utils
@@ -208,28 +206,30 @@ def test_printed_command_repeats_the_run_and_resume_follows_the_plan(folder, tmp
 def test_run_on_a_machine_that_becomes_slower_ends_in_time_with_its_whole_schedule(
     folder, monkeypatch, capsys
 ):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(time, "process_time", lambda: 0.0)
-    train_step, once = train.train_step, train.Stopwatch.once
+    """By a clock of which a reading takes 0.05 seconds, and a step after the plan 0.5 more."""
+    now, make_plan, train_step = [0.0], train.make_plan, train.train_step
+
+    def tick(seconds: float = 0.05) -> float:
+        now[0] += seconds
+        return now[0]
 
     def slow_step(*args):
-        time.sleep(0.5)
+        tick(0.5)
         return train_step(*args)
 
-    def measure(*args):
-        monkeypatch.setattr(train, "train_step", train_step)
-        try:
-            return once(*args)
-        finally:
-            monkeypatch.setattr(train, "train_step", slow_step)
+    def plan(*args):
+        planned = make_plan(*args)
+        monkeypatch.setattr(train, "train_step", slow_step)
+        return planned
 
-    monkeypatch.setattr(train.Stopwatch, "once", measure)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(time, "perf_counter", tick)
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(train, "make_plan", plan)
     monkeypatch.setattr(train.Stopwatch, "save", lambda self, args: 0.3)
-    argv = [*RUN, "--minutes", "0.25", "--epochs", "4", "--batch-size", "4"]  # ten steps an epoch
-    start = time.perf_counter()
-    train.main(argv)
-    seconds, said = time.perf_counter() - start, capsys.readouterr().out
-    assert 9 < seconds <= 15
+    train.main([*RUN, "--minutes", "0.25", "--epochs", "4", "--batch-size", "4"])  # 40 steps
+    assert 9 < now[0] <= 15
+    said = capsys.readouterr().out
     assert "slower than measured" in said
     checkpoint = load(folder / "checkpoints" / "last.pt")
     assert checkpoint["constants"]["epochs"] == checkpoint["epoch"] < 4
@@ -251,30 +251,39 @@ def test_features_for_which_there_is_no_time_are_left_out(folder, monkeypatch, c
     assert "slower than planned: 15 images train the head" in capsys.readouterr().out
 
 
-def test_too_few_minutes_say_how_many_are_needed(folder):
-    script = run_script("train.py", *RUN, "--minutes", "0.001", cwd=folder)
-    assert script.status == 1
-    assert script.stderr.startswith("--minutes 0.001 is too short: expected 0.")
+def test_too_few_minutes_say_how_many_are_needed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(utils.UserError, match=r"^--minutes 0.001 is too short: expected \d"):
+        train.main([*RUN, "--minutes", "0.001"])
     assert not (folder / "checkpoints" / "last.pt").exists()
 
 
 @pytest.mark.parametrize(
-    "flags", ["--demo", "--weights ''", "--compile", "--schedule plateau"], ids=str
+    ("flags", "message"),
+    [
+        ("--demo", "--minutes 1.0: expected 0 with --demo, --compile or without pretrained"),
+        ("--weights ''", "--minutes 1.0: expected 0 with --demo, --compile or without pretrained"),
+        ("--compile", "--minutes 1.0: expected 0 with --demo, --compile or without pretrained"),
+        ("--schedule plateau", "--schedule 'plateau': expected cosine with --minutes"),
+    ],
 )
-def test_what_cannot_be_planned_is_refused(flags, folder):
-    script = run_script("train.py", *RUN, *shlex.split(flags), cwd=folder)
-    assert script.status == 2 and "train.py: --" in script.stderr
+def test_what_cannot_be_planned_is_refused(flags, message, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as end:
+        train.main([*RUN, *shlex.split(flags)])
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_two_processes_follow_one_plan(folder):
     command = [*TORCHRUN, "--nproc-per-node", "2", str(utils.__file__).replace("utils", "train")]
-    process = start([*command, *RUN, "--epochs", "1"], cwd=folder)
+    process = start_process([*command, *RUN, "--epochs", "1"], cwd=folder)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("\nplan ") == 1 and "finished all 1 epochs" in out
 
 
+@pytest.mark.slow
 def test_plan_runs_on_the_fake_gpu(folder):
     assert in_its_own_process(plan_on_fake_gpu, str(folder)) == []
 

@@ -10,20 +10,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from scripts import CLASSIC, ROOT
-from test_gpu import RECIPES
-from torchvision.models.resnet import BasicBlock, ResNet
+from fake_gpu import smaller
+from scripts import RECIPES, ROOT, load
+from torchvision.models.resnet import ResNet
 
 import data
 import evaluate
 import train
 import utils
 
-SMALL = f"--demo {CLASSIC} --train-per-class 24 --learning-rate 0.005"
-FULL_SIZE = f"--demo {CLASSIC} --image-size 224 --batch-size 128"
+CLASSIC = "--demo --learning-rate 0.02 --momentum 0.9 --ema-decay 0 --crop-padding 2"
+CLASSIC += " --brightness 0.2 --contrast 0.2 --rotation 10 --no-curves"
+SMALL = f"{CLASSIC} --train-per-class 24 --learning-rate 0.005"
+FULL_SIZE = f"{CLASSIC} --image-size 224 --batch-size 128"
 
 slow, gpu = pytest.mark.slow, pytest.mark.gpu
 DEVICES = [pytest.param("cpu", marks=slow), pytest.param("cuda", marks=gpu)]
@@ -32,11 +35,6 @@ PRECISIONS += [pytest.param("cuda", name, marks=gpu) for name in utils.DTYPES]
 in_each_precision = pytest.mark.parametrize(
     ("device", "precision"), PRECISIONS, indirect=["device"]
 )
-
-
-def smaller(make: Callable) -> Callable:
-    """ResNet.__init__() with one basic block per stage."""
-    return lambda self, *args, **more: make(self, BasicBlock, [1] * 4, **more)
 
 
 @pytest.fixture
@@ -54,7 +52,7 @@ def device(request, monkeypatch, tmp_path) -> Iterator[str]:
 def train_on(device: str, folder: str, flags: str) -> dict:
     """Runs train.main(); returns the last.pt in its folder."""
     train.main(f"{flags} --device {device} --checkpoint-dir {folder}".split())
-    return torch.load(f"{folder}/last.pt", weights_only=True)
+    return load(f"{folder}/last.pt")
 
 
 def forbid_waiting(monkeypatch, device: str) -> list[str]:
@@ -111,8 +109,7 @@ def test_no_step_waits_and_evaluate_agrees_with_the_last_validation(
             print(f"\n{precision} {compiled}: {speed}, at most {memory:.2f} GiB of GPU memory")
 
     evaluate.main(["--checkpoint", "run/last.pt", "--device", device, "--no-show"])
-    with open("results/metrics.json") as file:
-        metrics = json.load(file)
+    metrics = json.loads(Path("results/metrics.json").read_text())
     assert metrics["loss"] == pytest.approx(history[-1]["val_loss"], rel=0.001)
     assert metrics["top1_accuracy"] == pytest.approx(history[-1]["val_accuracy"], abs=2.5 / 360)
 
@@ -138,7 +135,7 @@ def test_resumed_run_is_close_to_the_unbroken_one(device, precision, monkeypatch
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     flags = f"{SMALL} --batch-size 120 --precision {precision} --epochs 2"
     unbroken = train_on(device, "unbroken", flags)
-    broken = torch.load("broken/last.pt", weights_only=True)
+    broken = load("broken/last.pt")
     resumed = train_on(device, "broken", flags + " --resume")
     before, ours, theirs = (
         torch.cat([run["model"][name].flatten() for name in unbroken["model"] if "weight" in name])
@@ -164,7 +161,7 @@ def test_batches_are_the_same_as_on_the_cpu(device):
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_torchrun_trains(device):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    flags = f"{SMALL} --device {device} --epochs 1".split()
+    flags = f"{SMALL} --architecture resnet18 --device {device} --epochs 1".split()
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
     process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0 and "finished all 1 epochs" in process.stdout, process.stderr

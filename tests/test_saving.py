@@ -1,19 +1,15 @@
 """A process that dies at any moment of a save leaves files from which the run continues."""
 
-import copy
 import itertools
 import os
-import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same
+from scripts import assert_same
 from torch import nn
 
 import train
@@ -22,6 +18,7 @@ import utils
 ARGS = utils.parse_flags(train.__file__, [])
 METADATA = {"constants": vars(ARGS), "precision": "fp32", "classes": ["0"]}
 METADATA |= {"dataset": "digits", "validation": "digits"}
+FILES = ["best.pt", "last.pt", "history.csv"]
 
 
 def make_run() -> train.Run:
@@ -42,117 +39,65 @@ def train_epoch(run: train.Run, history: list[dict]) -> None:
     run.scheduler.step(history[-1]["val_loss"])
 
 
+def read(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def write(folder: Path, contents: list[bytes]) -> None:
+    for name, content in zip(FILES, contents):
+        (folder / name).write_bytes(content)
+
+
+@contextmanager
+def watched(look: Callable[[str], None]) -> Iterator[None]:
+    """Calls look(name) before each file operation of utils.py, and in the middle of each write."""
+
+    def look_before(name: str, operation: Callable) -> Callable:
+        def watched_operation(*args):
+            look(name)
+            return operation(*args)
+
+        return watched_operation
+
+    def open_watched(path: Path, mode: str):
+        file = look_before("open", open)(path, mode)
+        write = file.write
+
+        def write_in_halves(content) -> None:
+            write(content[: len(content) // 2])
+            file.flush()
+            look("write")
+            write(content[len(content) // 2 :])
+
+        file.write, file.close = write_in_halves, look_before("close", file.close)
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "open", open_watched, raising=False)
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, look_before(name, getattr(os, name)))
+        yield
+
+
 class Saves:
-    """A run after two epochs; a folder to save it in, and what a whole save leaves after each."""
+    """A run after two epochs, saved after each; what the files held at each moment of the second."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.first = folder / "now", folder / "first"
-        self.run, self.history, self.whole, self.loaded = make_run(), [], {}, {}
-        self.folder.mkdir()
-        for epoch in (1, 2):
-            train_epoch(self.run, self.history)
+        self.folder, self.run, self.history = folder, make_run(), []
+        train_epoch(self.run, self.history)
+        self.save()
+        train_epoch(self.run, self.history)
+        self.operations, self.left = [], []
+        with watched(self.note):
             self.save()
-            self.whole[epoch] = self.load()
-            if epoch == 1:
-                shutil.copytree(self.folder, self.first)
+        self.left.append(read(folder))
+
+    def note(self, operation: str) -> None:
+        self.operations.append(operation)
+        self.left.append(read(self.folder))
 
     def save(self) -> None:
         utils.save_run(self.folder, METADATA, self.run.parts(), self.history, is_best=True)
-
-    def load(self) -> tuple[dict, dict, bytes]:
-        """best.pt, last.pt and the bytes of history.csv; the same bytes are loaded only once."""
-        paths = [self.folder / name for name in ("best.pt", "last.pt", "history.csv")]
-        best, last, rows = contents = [path.read_bytes() for path in paths]
-        for path, content in zip(paths[:2], contents):
-            if content not in self.loaded:
-                self.loaded[content] = utils.load_checkpoint(path)
-        return self.loaded[best], self.loaded[last], rows
-
-    def save_and_die(self, moment: int, signum: int = signal.SIGKILL) -> int:
-        """Saves epoch 2 over epoch 1 in a child process that gets a signal; its exit status."""
-        shutil.rmtree(self.folder)
-        shutil.copytree(self.first, self.folder)
-        if not (child := os.fork()):
-            status = 1
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-            try:
-                sys.stderr = open(self.folder / "stderr", "w")  # noqa: SIM115, until the end
-                with utils.explained_exit("nothing is saved yet", ""):
-                    die_at(moment, signum)
-                    self.save()
-                status = 0
-            except SystemExit as end:
-                status = end.code
-            except BaseException:  # noqa: BLE001, whatever it is, pytest must not go on in the child
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def check(self) -> None:
-        """Each file is wholly one epoch's, best.pt is not behind, and the run continues."""
-        best, last, rows = self.load()
-        assert_same(best, self.whole[best["epoch"]][0])
-        assert_same(last, self.whole[last["epoch"]][1])
-        assert rows in (self.whole[1][2], self.whole[2][2])
-
-        run, history = make_run(), [*last["history"]]
-        utils.restore(copy.deepcopy(last), self.folder / "last.pt", run.parts(), best)
-        best_epoch = utils.best_epoch(history, "loss")["epoch"]
-        assert best["epoch"] >= best_epoch, "best.pt is older than last.pt's best"
-        if len(history) == 1:
-            train_epoch(run, history)
-        assert_same(run.model.state_dict(), self.run.model.state_dict())
-        assert_same(run.optimizer.state_dict(), self.run.optimizer.state_dict())
-
-
-def die_at(moment: int, signum: int) -> None:
-    """Sends this process a signal at its moment-th file operation from now on.
-
-    SIGKILL comes in the middle of a write.
-    """
-    countdown = itertools.count(moment, -1)
-
-    def die_before(operation: Callable) -> Callable:
-        def killed_or_done(*args):
-            if next(countdown) == 0:
-                os.kill(os.getpid(), signum)
-            return operation(*args)
-
-        return killed_or_done
-
-    def open_and_die(path: Path, mode: str):
-        file = die_before(open)(path, mode)
-        write, flush = file.write, file.flush
-
-        def write_half(content) -> None:
-            if next(countdown) == 0:
-                if signum == signal.SIGKILL:
-                    write(content[: len(content) // 2])
-                    flush()
-                os.kill(os.getpid(), signum)
-            write(content)
-
-        file.write, file.flush, file.close = write_half, die_before(flush), die_before(file.close)
-        return file
-
-    utils.open = open_and_die
-    os.fsync, os.replace = die_before(os.fsync), die_before(os.replace)
-
-
-def find_losses(saves: Saves, step: int = 1) -> Iterator[str]:
-    """For each moment at which a save can die, what that loses: nothing is ""."""
-    for moment in itertools.count(step=step):
-        status, loss = saves.save_and_die(moment), ""
-        assert status in (0, -signal.SIGKILL)
-        try:
-            saves.check()
-        except (AssertionError, utils.UserError) as error:
-            loss = f"at operation {moment}: {error}"
-        yield loss
-        if status == 0:
-            return
 
 
 @pytest.fixture
@@ -160,68 +105,67 @@ def saves(tmp_path) -> Saves:
     return Saves(tmp_path)
 
 
-def test_process_that_dies_at_any_file_operation_of_a_save_loses_nothing(saves):
-    *losses, whole = find_losses(saves)
-    print(f"died at {len(losses)} operations, {sum(map(bool, losses))} lost something")
-    assert len(losses) > 100 and not any(losses) and not whole
+def test_process_that_is_killed_at_any_file_operation_of_a_save_loses_nothing(saves):
+    """It leaves what the files hold at that moment."""
+    assert len(saves.operations) > 100
+    replaced = [name for name in saves.operations if name in ("fsync", "replace")]
+    assert replaced == ["fsync", "replace"] * 3  # by what is on disk
+    for state in {tuple(contents) for contents in saves.left}:
+        for content, *whole in zip(state, saves.left[0], saves.left[-1]):
+            assert content in whole, "it is cut short"
+        write(saves.folder, state)
+        best, last = (utils.load_checkpoint(saves.folder / name) for name in FILES[:2])
+        assert best["epoch"] >= last["epoch"], "best.pt is older than last.pt"
+        run, history = make_run(), last["history"]
+        utils.restore(last, saves.folder / "last.pt", run.parts(), METADATA)
+        if len(history) == 1:
+            train_epoch(run, history)
+        assert_same(history, saves.history)
+        for name, part in run.parts().items():
+            assert_same(part.state_dict(), saves.run.parts()[name].state_dict())
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_at_any_file_operation_of_a_save_ends_with_the_message(signum, status, saves):
-    ends = []
-    for moment in itertools.count():
-        end = saves.save_and_die(moment, signum)
-        said = (saves.folder / "stderr").read_text()
-        if end == 0:
-            break
-        ends.append((end, said))
-        best, last, _ = saves.load()
-        assert (best["epoch"], last["epoch"]) == (2, 2)  # it waits for the end of the save
-    print(f"{len(ends)} signals {signum}, all ended with the message and status {status}")
-    assert len(ends) > 100
-    saved = f"epoch 2 is safe in {saves.folder / 'last.pt'}; to continue: python train.py "
-    for end, said in ends:
-        assert end == status and said.startswith(f"\nstopped  {saved}") and said.count("\n") == 2
+def signal_at(moment: int, signum: int) -> Callable[[str], None]:
+    """What to do before each operation to get the signal before one of them."""
+    countdown = itertools.count(moment, -1)
+    return lambda _: os.kill(os.getpid(), signum) if next(countdown) == 0 else None
 
 
-def test_file_replaces_the_earlier_one_once_it_is_on_disk(tmp_path, monkeypatch):
-    path, linked, done = tmp_path / "file", tmp_path / "linked", []
-    path.write_text("earlier")
-    linked.hardlink_to(path)
-    for name in ("fsync", "replace"):
-        call = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, name=name, call=call: done.append(name) or call(*a)
-        )
-    with utils.atomic_write(path, "w") as file:
-        file.write("new")
-    assert done == ["fsync", "replace"]
-    assert (path.read_text(), linked.read_text()) == ("new", "earlier")
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signals are handled afterwards as they were before."""
+    earlier = {signum: signal.getsignal(signum) for signum in utils.SIGNALS}
+    yield
+    for signum, handler in earlier.items():
+        signal.signal(signum, handler)
+
+
+def test_signal_at_any_file_operation_of_a_save_waits_for_its_end(
+    saves, handlers, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["train.py", "--demo"])
+    where = saves.folder / "last.pt"
+    message = f"epoch 2 is safe in {where}; to continue: python train.py --demo --resume"
+    for moment in range(len(saves.operations)):
+        signum = (signal.SIGTERM, signal.SIGINT)[moment % 2]
+        write(saves.folder, saves.left[0])
+        for each in utils.SIGNALS:  # which the last one has left ignored
+            signal.signal(each, signal.default_int_handler)
+        monkeypatch.setattr(utils._Ending, "signal", 0)
+        with (
+            pytest.raises(SystemExit) as end,
+            utils.explained_exit("nothing is saved yet", ""),
+            watched(signal_at(moment, signum)),
+        ):
+            saves.save()
+        assert end.value.code == 128 + signum
+        assert capsys.readouterr().err == f"\nstopped  {message}\n"
+        ignored = [signal.getsignal(each) == signal.SIG_IGN for each in utils.SIGNALS]
+        assert all(ignored)  # a second one does not spoil the message
+        assert read(saves.folder) == saves.left[-1]
 
 
 def test_resume_refuses_classes_of_other_names(saves):
-    last, parts = saves.load()[1], make_run().parts()
+    last = utils.load_checkpoint(saves.folder / "last.pt")
     with pytest.raises(utils.UserError, match="its classes are not those of the data set"):
-        utils.restore(last, saves.folder / "last.pt", parts, METADATA | {"classes": ["1"]})
-
-
-def test_last_saved_before_best_would_be_found(saves, monkeypatch):
-    save_checkpoint, kept = utils.save_checkpoint, []
-
-    def save_last_first(path: Path, state: dict) -> None:
-        kept.insert(0, (path, state))
-        while kept and path.name == "last.pt":
-            save_checkpoint(*kept.pop(0))
-
-    monkeypatch.setattr(utils, "save_checkpoint", save_last_first)
-    assert any("best.pt is older" in loss for loss in find_losses(saves, step=10))
-
-
-def test_file_written_in_place_would_be_found(saves, monkeypatch):
-    @contextmanager
-    def write_in_place(path: Path, mode: str):
-        with utils.open(path, mode) as file:
-            yield file
-
-    monkeypatch.setattr(utils, "atomic_write", write_in_place)
-    assert any("cut short" in loss for loss in find_losses(saves))
+        utils.restore(last, saves.folder, make_run().parts(), METADATA | {"classes": ["1"]})
