@@ -214,17 +214,16 @@ def test_progress_bar_advances_with_each_step_without_reading_from_the_device(mo
     assert figures["learning_rate"] == run.optimizer.param_groups[0]["lr"] == 0.005
 
 
-def train_on_both_cores(folder: Path, *flags: str) -> tuple[Script, float]:
+def train_to_the_end(folder: Path, *flags: str) -> tuple[Script, float]:
     """The run, and the validation accuracy in per cent of its best epoch as it prints it."""
-    both_cores = functools.partial(torch.set_num_threads, 2)
-    script = Script("train.py", *flags, cwd=folder, prepare=both_cores)
+    script = Script("train.py", *flags, cwd=folder)
     assert script.wait(900) == 0, script.stderr
     return script, float(re.search(r"^best .* accuracy ([\d.]+) %", script.stdout, re.MULTILINE)[1])
 
 
 @pytest.mark.slow
 def test_demo_learns_to_read_digits(tmp_path):
-    assert train_on_both_cores(tmp_path, "--demo", "--architecture", "resnet18")[1] >= 90
+    assert train_to_the_end(tmp_path, "--demo", "--architecture", "resnet18")[1] >= 90
 
 
 @pytest.mark.slow
@@ -236,7 +235,7 @@ def test_pretrained_features_are_as_good_as_only_right_preprocessing_makes_them(
     """
     flags = f"--data-dir {cifar100_dir} --weights {imagenet_weights} --epochs 0 --head-epochs 10"
     flags += " --image-size 64 --train-per-class 20 --holdout-per-class 20 --precision fp32"
-    script, accuracy = train_on_both_cores(tmp_path, *flags.split())
+    script, accuracy = train_to_the_end(tmp_path, *flags.split())
     assert accuracy >= 37
     assert "cifar100: 2,000 training and 2,000 validation images, 100 classes" in script.stdout
     assert "best.pt is selected on the test images" not in script.stdout
