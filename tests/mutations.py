@@ -84,9 +84,9 @@ FAULTS = [
     ("data.py", "if values.max() <= x", "if x == 65535", FOLDER),
     ("data.py", 'Image.new("RGBA", image.size, "white")', 'Image.new("RGBA", image.size, "black")', FOLDER),
     ("data.py", "size, base = settings.stored_size or 32,", "size, base = 32,", FOLDER),
-    ("model.py", "check_hash=True", "check_hash=False", "tests/test_model.py"),
+    ("model.py", "check_hash=True", "check_hash=False", CHECK + " -k torchvision_weights"),
     ("model.py", "    if not with_head:", "    if False:", "tests/test_model.py"),
-    ("model.py", "get_model_weights(architecture)[name]\n    try:", "get_model_weights(architecture).DEFAULT\n    try:", "tests/test_model.py"),
+    ("model.py", "get_model_weights(architecture)[name]\n    try:", "get_model_weights(architecture).DEFAULT\n    try:", CHECK + " -k torchvision_weights"),
     # the command itself
     ("train.py", "import model as resnet\n", "import matplotlib\nimport model as resnet\n", "tests/test_readme.py"),
     ("train.py", 'return run.optimizer.param_groups[0]["lr"]', "return args.learning_rate", TRAIN),

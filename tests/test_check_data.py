@@ -404,9 +404,11 @@ def test_torchvision_weights_are_found_where_torchvision_keeps_them(tmp_path, mo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     requested = []
     monkeypatch.setattr(
-        torch.hub, "download_url_to_file", lambda url, path, *_, **__: requested.append(path)
+        torch.hub, "download_url_to_file", lambda *request, **_: requested.append(request)
     )
     with pytest.raises(resnet.WeightsError):  # because nothing is written
-        resnet.download_weights("resnet18", "IMAGENET1K_V1")
-    assert requested == [str(resnet.find_weights("resnet18", "IMAGENET1K_V1"))]
+        resnet.download_weights("resnet50", "IMAGENET1K_V1")
+    ((url, path, checksum),) = requested
+    assert path == str(resnet.find_weights("resnet50", "IMAGENET1K_V1"))
+    assert url.endswith("/resnet50-0676ba61.pth") and checksum == "0676ba61"
     assert resnet.find_weights("resnet18", "data/mine.pth") == Path("data/mine.pth")
