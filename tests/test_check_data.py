@@ -53,7 +53,7 @@ def add_noise(images: torch.Tensor) -> torch.Tensor:
 
 
 # How a copy is made, and the least share of copies whose pixels must agree: what was measured on
-# 300 of each kind, minus 6 to 10 points.
+# 300 of each kind, minus 6 points.
 KINDS = {
     "identical": (lambda x: x.clone(), 1.0),
     "mirrored": (lambda x: x.flip(3), 1.0),
@@ -64,17 +64,20 @@ KINDS = {
     "more contrast": (lambda x: functional.adjust_contrast(x, 1.3), 0.94),
     "other hue": (lambda x: functional.adjust_hue(x, 0.04), 0.94),
     "gray": (lambda x: functional.rgb_to_grayscale(x, 3), 0.94),
-    "JPEG 20": (lambda x: jpeg(x, 20), 0.84),
+    "JPEG 20": (lambda x: jpeg(x, 20), 0.88),
     "through 16 px": (shrink, 0.90),
     "noise": (add_noise, 0.90),
-    "mirrored, cropped, JPEG 60": (lambda x: jpeg(crop(x.flip(3), 27), 60), 0.88),
+    "mirrored, cropped, brighter, JPEG 60": (
+        lambda x: jpeg(functional.adjust_brightness(crop(x.flip(3), 27), 1.2), 60),
+        0.91,
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def photos(cifar100_dir) -> data.Split:
-    """1,000 images of CIFAR-100."""
-    return data.read_cifar100(cifar100_dir, "test")[0].select(slice(1000))
+    """2,000 training images of CIFAR-100."""
+    return data.read_cifar100(cifar100_dir, "train")[0].select(slice(2000))
 
 
 # ---- copies -------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def test_blocks_find_what_one_matrix_finds(block):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_of_made_copies_agree(photos, kind):
     make, least = KINDS[kind]
-    images = photos.images[:25]
+    images = photos.images[:100]
     similarity = data.compare_pixels(make(images), images)
     assert (similarity > data.COPY_SIMILARITY).float().mean() >= least
 
@@ -116,15 +119,15 @@ def test_pixels_of_other_images_do_not_agree(photos):
         torch.nn.functional.normalize(thumbnails) @ torch.nn.functional.normalize(thumbnails).T
     )
     cosines[labels[:, None] == labels] = -1
-    other_class = torch.stack([torch.arange(1000), cosines.argmax(1)], 1)
-    for pairs in same_class[::7], other_class[::8]:
-        assert len(pairs) > 120
+    other_class = torch.stack([torch.arange(2000), cosines.argmax(1)], 1)
+    for pairs in same_class[::7], other_class[::7]:
+        assert len(pairs) > 250
         first, second = photos.images[pairs].unbind(1)
         assert data.compare_pixels(first, second).max() < data.COPY_SIMILARITY
 
 
 def test_copies_are_found_among_many_images(photos):
-    """10 of each kind among 1,000, by features that nothing has been learnt for."""
+    """10 of each kind among 2,000, by features that nothing has been learnt for."""
     sources = torch.arange(len(KINDS) * 10)
     parts = photos.images[sources].split(10)
     images = torch.cat([make(part) for (make, _), part in zip(KINDS.values(), parts)])
@@ -137,14 +140,14 @@ def test_copies_are_found_among_many_images(photos):
     partner, similarity, threshold = data.find_copies(
         images, photos.images, features, other_features
     )
-    assert data.COPY_SIMILARITY <= threshold < 0.78
+    assert threshold == data.COPY_SIMILARITY
     found = (partner == sources) & (similarity > threshold)
     assert found.float().mean() > 0.76
     assert found[:20].all()  # identical and mirrored
     assert ((similarity > threshold) & (partner != sources)).sum() <= 2
     alone = data.find_copies(images[5:6], photos.images, features[5:6], other_features)
     assert alone[0].item() == 5 and alone[1].item() == pytest.approx(similarity[5].item(), abs=1e-4)
-    noise = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
     mirrored = data.find_copies(photos.images[:20].flip(3), photos.images, noise[:20], noise)
     assert mirrored[0].tolist() == list(range(20))  # by their thumbnails
 
@@ -198,18 +201,18 @@ class Planted(NamedTuple):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Planted:
-    """400 digits to train on, 80 others and 20 copies in val/; 20 are in another digit's folder."""
+    """800 digits to train on, 180 others and 20 copies in val/; 20 are in another digit's folder."""
     folder = tmp_path_factory.mktemp("planted")
     split, _ = data.read_digits("train")
-    chosen = torch.stack([(split.labels == label).nonzero()[:48, 0] for label in range(10)])
-    chosen = torch.cat([part.flatten() for part in (chosen[:, :40], chosen[:, 40:], chosen[:, :2])])
+    chosen = torch.stack([(split.labels == label).nonzero()[:98, 0] for label in range(10)])
+    chosen = torch.cat([part.flatten() for part in (chosen[:, :80], chosen[:, 80:], chosen[:, :2])])
     images, labels = split.images[chosen], split.labels[chosen]
     kinds = cycle(["identical", "mirrored", "darker", "more contrast"])
-    for number, kind in zip(range(480, 500), kinds):
+    for number, kind in zip(range(980, 1000), kinds):
         images[number : number + 1] = KINDS[kind][0](images[number : number + 1])
-    labels[12::25] = (labels[12::25] + 1 + torch.arange(20) % 8) % 10
-    names = [f"train/{label}/{number:05}.png" for number, label in enumerate(labels[:400])]
-    names += [f"val/{x}/{number:05}{ODD[number % 4]}.png" for number, x in enumerate(labels[400:])]
+    labels[25::50] = (labels[25::50] + 1 + torch.arange(20) % 8) % 10
+    names = [f"train/{label}/{number:05}.png" for number, label in enumerate(labels[:800])]
+    names += [f"val/{x}/{number:05}{ODD[number % 4]}.png" for number, x in enumerate(labels[800:])]
     for name, image in zip(names, images):
         path = folder / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,16 +235,16 @@ def planted(tmp_path_factory) -> Planted:
         )
     ]
     assert not [script.stderr for script in scripts if script.status]
-    copies = {names[480 + i]: names[i // 2 * 40 + i % 2] for i in range(20)}
+    copies = {names[980 + i]: names[i // 2 * 80 + i % 2] for i in range(20)}
     check = json.loads((folder / "results/metrics.json").read_text())["data_check"]
-    return Planted(folder, check, copies, set(names[12::25]), scripts[0], scripts[2])
+    return Planted(folder, check, copies, set(names[25::50]), scripts[0], scripts[2])
 
 
 def test_planted_copies_are_found_by_name(planted):
     rows = planted.table("results/duplicates.csv")
-    assert (rows.test_image.map(planted.copies) == rows.training_image).sum() >= 17
+    assert (rows.test_image.map(planted.copies) == rows.training_image).sum() >= 19
     # Many digits are as alike as some copies, but not as most of them.
-    assert rows.test_image[:20].isin(planted.copies).sum() >= 17 and len(rows) <= 25
+    assert rows.test_image[:20].isin(planted.copies).sum() >= 17 and len(rows) <= 60
     similarity = rows.similarity.astype(float)
     assert similarity.is_monotonic_decreasing
     assert similarity.min() > planted.check["threshold"] > 0.9
@@ -256,7 +259,7 @@ def test_equal_pictures_are_named_by_both_scripts(planted):
     assert {test[1]: training[1] for test, training in groups} == identical
     assert {image[0] for group in groups for image in group} == {"test", "training"}
     assert "exact    5 groups of equal images, 5 in both parts" in planted.checked.stdout
-    line = "note     5 of 100 validation pictures are .* pixel for pixel: (.*) is (.*), for example"
+    line = "note     5 of 200 validation pictures are .* pixel for pixel: (.*) is (.*), for example"
     copy, source = re.search(line, planted.trained.stdout).groups()
     assert identical[copy] == source
 
@@ -265,7 +268,7 @@ def test_planted_wrong_labels_come_first(planted):
     rows = planted.table("results/suspect_labels.csv")
     is_wrong, training = rows.image.isin(planted.wrong), rows.part == "training"
     assert rows.part.is_monotonic_increasing
-    assert is_wrong.sum() >= 12 and len(rows) <= 20
+    assert is_wrong.sum() >= 14 and len(rows) <= 30
     assert is_wrong[training][:8].all()
     folders = rows.image.str.split("/")
     assert (folders.str[0] == rows.part.map({"test": "val", "training": "train"})).all()
@@ -280,7 +283,7 @@ def test_every_name_is_that_of_its_picture(planted):
     place = settings(stored_size=32, data_dir=str(planted.folder / "data"))
     split = data.load(listing, "val", place)
     rows = planted.table("results/predictions.csv")
-    assert rows.file.tolist() == list(split.files) and len(rows) == 100
+    assert rows.file.tolist() == list(split.files) and len(rows) == 200
     assert (rows.label == rows.file.str.split("/").str[1]).all()
     for name, image in zip(split.files, split.images):
         assert torch.equal(data.read_picture(planted.folder / "photos" / name, 32), image)
@@ -299,12 +302,12 @@ def test_accuracy_and_comparison_without_copies_are_those_of_the_other_rows(plan
     low, high = check["without_copies"]["interval_95"]
     assert low < rest.mean() < high
     assert check["accuracy_on_copies"] == pytest.approx(hits[copied].mean())
-    assert (check["copies"], check["images_trained_on"]) == (copied.sum(), 400)
+    assert (check["copies"], check["images_trained_on"]) == (copied.sum(), 800)
     paired = check["without_copies"]["comparison"]
     assert paired["only_this_correct"] == (rest & ~other_rest).sum() > 0
     assert paired["difference"] == pytest.approx(rest.mean() - other_rest.mean())
     for line in [
-        f"copies   {copied.sum()} of 100 test images have a near-duplicate among the 400 images ",
+        f"copies   {copied.sum()} of 200 test images have a near-duplicate among the 800 images ",
         f"without  top-1 {100 * rest.mean():.2f} % on the other {len(rest)}, 95 % interval ",
         f"change   {100 * paired['difference']:+.2f} points without copies, paired",
         "suspect  {test} test and {training} training labels".format(**check["suspect_labels"]),

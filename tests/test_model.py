@@ -8,7 +8,7 @@ import torch
 from rescale_weights import rescale
 from scripts import settings
 from torch import nn
-from torchvision.models import ResNet18_Weights, resnet18, resnet50
+from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import data
 import model as resnet
@@ -39,16 +39,15 @@ def load(weights: object, architecture: str = "resnet18") -> nn.Module:
     return train.make_model(args, ["cat", "dog"], torch.device("cpu"), pretrained=True)
 
 
-def test_weights_by_name_or_path_fill_everything_but_the_head(tmp_path, monkeypatch):
-    assert (settings().architecture, settings().weights) == ("resnet50", "IMAGENET1K_V2")
+def test_default_weights_or_a_file_fill_everything_but_the_head(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    url, state = ResNet18_Weights.IMAGENET1K_V1.url, resnet18().state_dict()
+    url, state = ResNet50_Weights.IMAGENET1K_V2.url, resnet50().state_dict()
     file, older = tmp_path / "hub" / "checkpoints" / Path(url).name, tmp_path / "older.pth"
     file.parent.mkdir(parents=True)
     torch.save(state, file)
     torch.save(state, older, _use_new_zipfile_serialization=False)  # torch's format before 2020
-    for weights in ("IMAGENET1K_V1", file, older):
-        ours = load(weights).state_dict()
+    for weights in (settings().weights, file, older):
+        ours = load(weights, settings().architecture).state_dict()
         for name, tensor in state.items():
             assert name.startswith("fc.") or torch.equal(ours[name], tensor), name
 

@@ -223,7 +223,7 @@ def train_to_the_end(folder: Path, *flags: str) -> tuple[Script, float]:
 
 @pytest.mark.slow
 def test_demo_learns_to_read_digits(tmp_path):
-    assert train_to_the_end(tmp_path, "--demo", "--architecture", "resnet18")[1] >= 90
+    assert train_to_the_end(tmp_path, "--demo")[1] >= 90
 
 
 @pytest.mark.slow
@@ -240,6 +240,15 @@ def test_pretrained_features_are_as_good_as_only_right_preprocessing_makes_them(
     assert "cifar100: 2,000 training and 2,000 validation images, 100 classes" in script.stdout
     assert "best.pt is selected on the test images" not in script.stdout
     assert script.stdout.endswith(f"next     python evaluate.py --data-dir {cifar100_dir}\n")
+
+
+@pytest.mark.slow
+def test_cifar100_is_fine_tuned_from_real_weights(cifar100_dir, imagenet_weights, tmp_path):
+    flags = f"--data-dir {cifar100_dir} --weights {imagenet_weights} --epochs 1 --batch-size 50"
+    flags += " --image-size 32 --train-per-class 1 --precision fp32"
+    script, _ = train_to_the_end(tmp_path, *flags.split())
+    assert "cifar100: 100 training and 10,000 validation images, 100 classes" in script.stdout
+    assert "best.pt is selected on the test images" in script.stdout
 
 
 @pytest.mark.slow
