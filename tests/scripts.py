@@ -116,8 +116,6 @@ def link_run(run: Path, folder: Path) -> Path:
 # the local address torchrun connects without it, gloo with the name of the interface (of Linux).
 NO_NAMES = {"GLOO_SOCKET_IFNAME": "lo", "RES_OPTIONS": "timeout:1 attempts:1"}
 NO_NAMES = NO_NAMES if sys.platform == "linux" else {}
-
-
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1"]
 TORCHRUN = [*LAUNCHER, "--standalone"]
 
@@ -161,6 +159,7 @@ def save_blank(figure, path, **_) -> None:
 
 _numbers = itertools.count()
 _server = multiprocessing.get_context("forkserver")
+# train first: test_readme.py looks at what its import alone brings in.
 _server.set_forkserver_preload(["train", "evaluate", "torchvision"])
 
 
