@@ -370,6 +370,7 @@ def read_result(folder: str, like: Result | None = None) -> Result:
         table = [",".join(row[:4]) for row in rows]  # without the names of files
         *numbers, confidence = np.loadtxt(table, delimiter=",", ndmin=2).T
         indices, labels, predicted = (x.astype(int) for x in numbers)
+        path = Path(folder)  # what follows compares one of its files with another
         result = Result(classes, labels, predicted, confidence, folder, summary)
         dataset = (like := like or result).summary["dataset"]
         if summary["dataset"] != dataset:
@@ -518,8 +519,9 @@ def print_comparison(these: list[Result], others: list[Result], comparison: dict
             "caution", "two checkpoints, not two recipes: another SEED changes the accuracy too"
         )
     elif low <= 0 <= high:
-        more = comparison["more_seeds"] or "over 100"
-        seeds = f"about {more} more seed{'s' * (more != 1)} of each recipe"
+        more = comparison["more_seeds"]
+        many = f"about {more}" if more else "over 100"
+        seeds = f"{many} more seed{'s' * (more != 1)} of each recipe"
         utils.say("verdict", f"not known yet: {seeds} would settle a difference of this size")
     else:
         utils.say("verdict", f"this recipe is {'better' if low > 0 else 'worse'} than the other")
