@@ -54,6 +54,7 @@ FAULTS = [
     # evaluate.py: two evaluations, copies
     ("evaluate.py", "(run_variance or noise_variance) * inverse", "run_variance * inverse", "tests/test_compare.py"),
     ("evaluate.py", "- noise_variance * inverse[0], 0)", "- noise_variance * 2 * inverse[0], 0)", "tests/test_compare.py"),
+    ("evaluate.py", "path = Path(folder)  # what follows", "pass  # what follows", "tests/test_compare.py -k cannot_be"),
     ("evaluate.py", "    if len(these) > 1:\n", "    if len(these) > 9:\n", "tests/test_compare.py"),
     ("evaluate.py", "if names or len({*seeds}) < len(seeds):", "if names:", "tests/test_compare.py"),
     ("evaluate.py", "copied = similarity > threshold", "copied = similarity > data.COPY_SIMILARITY", CHECK),
