@@ -1,13 +1,15 @@
-"""Runs the project's scripts as real processes, without waiting for torch's import each time.
+"""What several files of tests use; above all, the project's scripts as real processes.
 
-A server process imports torch and ours once and forks a child for every run: own process id, own
-files and signals, the exit status that a shell would see.
+So that they need not wait for torch's import each time, a server process imports torch and ours
+once and forks a child for every run: own process id, own files and signals, the exit status that a
+shell would see.
 """
 
 import csv
 import fcntl
 import gc
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
@@ -26,13 +28,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# The digits, in place of the demo's recipe with the usual momentum, no moving average, augmented.
+CLASSIC = "--demo --no-curves --learning-rate 0.02 --momentum 0.9 --ema-decay 0 --crop-padding 2"
+CLASSIC += " --brightness 0.2 --contrast 0.2 --rotation 10"
+
 # A whole run in seconds: four scans of each digit in two steps per epoch, validated on two others.
-# A small network, in fp32 because CPUs without bf16 emulate it slowly; in place of the demo's
-# recipe the usual momentum, no moving average, and augmentation.
-TINY = "--demo --train-per-class 4 --holdout-per-class 2 --batch-size 20 --log-every 1 --no-curves"
-TINY += " --architecture resnet18 --precision fp32 --learning-rate 0.02 --momentum 0.9"
-TINY += " --ema-decay 0 --crop-padding 2 --brightness 0.2 --contrast 0.2 --rotation 10"
-TINY = TINY.split()
+# A small network, in fp32 because CPUs without bf16 emulate it slowly.
+TINY = f"{CLASSIC} --train-per-class 4 --holdout-per-class 2 --batch-size 20 --log-every 1"
+TINY = f"{TINY} --architecture resnet18 --precision fp32".split()
 
 # Every recipe of train.py, as flags.
 RECIPES = "--head-epochs 2 --schedule cosine --warmup-epochs 0.5 --label-smoothing 0.1"
@@ -90,6 +93,17 @@ def assert_same(ours, theirs) -> None:
 def read_rows(path: str) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_json(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def read_predictions(folder: Path):
+    """The columns of predictions.csv by name, as an array."""
+    import numpy as np
+
+    return np.genfromtxt(folder / "predictions.csv", delimiter=",", names=True)
 
 
 def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:

@@ -1,6 +1,5 @@
 """evaluate.py --check-data: made copies, near misses, planted faults; and train.py's line."""
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import pandas as pd  # seaborn brings it
 import pytest
 import torch
 from PIL import Image
-from scripts import Script, run_script, settings
+from scripts import Script, read_json, run_script, settings
 from torchvision.models import get_model
 from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -236,7 +235,7 @@ def planted(tmp_path_factory) -> Planted:
     ]
     assert not [script.stderr for script in scripts if script.status]
     copies = {names[980 + i]: names[i // 2 * 80 + i % 2] for i in range(20)}
-    check = json.loads((folder / "results/metrics.json").read_text())["data_check"]
+    check = read_json(folder / "results/metrics.json")["data_check"]
     return Planted(folder, check, copies, set(names[25::50]), scripts[0], scripts[2])
 
 

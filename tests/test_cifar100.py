@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.special import softmax
-from scripts import ROOT, read_rows
+from scripts import ROOT, read_json, read_rows
 from sklearn import metrics
 from torch import nn
 from torchvision.datasets import CIFAR100
@@ -113,7 +113,7 @@ def test_every_number_and_picture_of_a_whole_evaluation(
     said = capsys.readouterr().out
 
     predicted, numbers = logits.argmax(1), range(100)
-    found = json.loads(Path("results/metrics.json").read_text())
+    found = read_json("results/metrics.json")
     better = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1)
     assert {0, 1, 4, 5} <= set(better)  # some labels are just within the five likeliest or not
     top1, predicted_coarse = np.mean(better == 0), np.array(COARSE)[predicted]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 from scipy.special import ndtr, ndtri
-from scripts import load, run_script
+from scripts import load, read_json, read_predictions, run_script
 from sklearn.metrics import f1_score
 
 import data
@@ -167,14 +167,6 @@ def after(checkpoints, before, tmp_path_factory) -> tuple[Path, str]:
     return folder, run_main(folder, "--checkpoint", checkpoints[1], "--compare", before)
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def read_predictions(folder: Path) -> np.ndarray:
-    return np.genfromtxt(folder / "predictions.csv", delimiter=",", names=True)
-
-
 def test_results_hold_constants_and_history_and_no_earlier_comparison(before, checkpoints):
     metrics, state = read_json(before / "metrics.json"), load(checkpoints[0])
     assert metrics["constants"] == state["constants"] and metrics["history"] == state["history"]
@@ -288,6 +280,7 @@ def test_recipes_are_compared_from_their_folders_without_a_network(
     [
         ([72, 90], [9, 18], "this recipe is worse than the other"),
         ([9, 90], [72, 99], "not known yet: about {} more seeds of each recipe would settle a "),
+        ([9, 90], [10, 90], "not known yet: over 100 more seeds of each recipe would settle a "),
     ],
 )
 def test_verdict_says_how_certain_it_is(wrong, other_wrong, verdict, recipe, tmp_path):

@@ -1,7 +1,6 @@
 """evaluate.py: its numbers by hand or by other sources, and the script end to end on digits."""
 
 import csv
-import json
 import shutil
 import warnings
 from contextlib import redirect_stdout, suppress
@@ -16,7 +15,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from PIL import Image
-from scripts import load, run_script, torchrun_environment
+from scripts import load, read_json, read_predictions, run_script, torchrun_environment
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
@@ -72,15 +71,6 @@ def run_main(checkpoint, folder, *flags):
 def read_csv(path):
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.reader(file))
-
-
-def read_metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def read_predictions(folder):
-    """Labels and predicted classes of predictions.csv."""
-    return np.array([row[1:3] for row in read_csv(folder / "predictions.csv")[1:]], int).T
 
 
 def names_in(folder):
@@ -163,10 +153,11 @@ def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_pa
 def test_predictions_recompute_top1_and_the_matrix_with_the_official_labels(evaluation):
     folder, _ = evaluation
     official = data.read_digits("test")[0].labels.tolist()
-    labels, predicted = read_predictions(folder)
+    rows = read_predictions(folder)
+    labels, predicted = rows["label"], rows["predicted"]
     assert [row[0] for row in read_csv(folder / "predictions.csv")[1:]] == [*map(str, range(360))]
     assert labels.tolist() == official
-    figures = read_metrics(folder)
+    figures = read_json(folder / "metrics.json")
     assert figures["top1_accuracy"] == np.mean(predicted == official)
     assert (figures["images"], figures["epoch"], figures["dataset"]) == (360, 1, "digits")
     header, *rows = read_csv(folder / "confusion_matrix.csv")
@@ -181,7 +172,7 @@ def test_an_evaluation_leaves_its_own_files_alone_and_says_what_to_mind(evaluati
     assert "nothing to draw" not in output
     assert "note     trained with FLIP = 0: mirror images may lower the accuracy" in output
     assert "these images were used neither to train nor to select the checkpoint" in output
-    assert read_metrics(folder)["test_images_chose_checkpoint"] is False
+    assert read_json(folder / "metrics.json")["test_images_chose_checkpoint"] is False
 
 
 def test_tta_averages_logits_over_image_and_mirror_and_holds_the_images_once(
@@ -195,7 +186,7 @@ def test_tta_averages_logits_over_image_and_mirror_and_holds_the_images_once(
         resnet.predict(model, data.EvalLoader(view, 64, 32), torch.float32)
         for view in (test.images, test.images.flip(3))
     )
-    figures = read_metrics(folder)
+    figures = read_json(folder / "metrics.json")
     for logits, found in (plain + mirrored, figures), (plain, figures["without_tta"]):
         accuracy = (logits.argmax(1) == test.labels).double().mean().item()
         assert found["top1_accuracy"] == pytest.approx(accuracy)
@@ -272,7 +263,8 @@ def test_classes_may_have_any_name_and_no_test_images(
     assert "note     2 of 10 classes have no test image: macro F1 leaves" in output.getvalue()
     assert not capsys.readouterr().err and names_in(folder) == FILES | {"comparison.png"}
 
-    labels, predicted = read_predictions(folder)
+    rows = read_predictions(folder)
+    labels, predicted = rows["label"], rows["predicted"]
     _, *rows = read_csv(folder / "classification_report.csv")
     scores = precision_recall_fscore_support(labels, predicted, labels=range(10), zero_division=0)
     assert [name for name, *_ in rows] == UNLUCKY
@@ -280,7 +272,7 @@ def test_classes_may_have_any_name_and_no_test_images(
     report = (folder / "classification_report.txt").read_bytes().decode(errors="surrogateescape")
     for name, support, line in zip(UNLUCKY, scores[3], report.splitlines()[2:12]):
         assert line.strip().startswith(name) and line.endswith(f" {support}")
-    figures = read_metrics(folder)
+    figures = read_json(folder / "metrics.json")
     f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro")
     assert figures["macro_f1"] == pytest.approx(f1)
     assert figures["classes_without_images"] == ["weighted avg", "Latin-1: \udce9"]

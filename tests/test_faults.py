@@ -64,7 +64,7 @@ def refuse(function: Callable, argument: object) -> str:
 
 @pytest.mark.slow
 def test_run_killed_ten_times_ends_with_the_weights_of_an_unbroken_one(tmp_path):
-    """Before, while and after an epoch is trained; test_saving.py kills at every moment of a save."""
+    """Before, while and after an epoch is trained; for each moment of a save see test_saving.py."""
     command = ["train.py", *RUN, "--epochs", "16"]
     (whole := tmp_path / "unbroken").mkdir()
     assert run_script(*command, cwd=whole).status == 0

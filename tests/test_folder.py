@@ -1,6 +1,5 @@
 """A folder of pictures in place of CIFAR-100: how it is read, trained on, evaluated and refused."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import TINY, read_rows, settings
+from scripts import TINY, read_json, read_rows, settings
 from torchvision.transforms.v2 import functional
 
 import data
@@ -286,7 +285,7 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, capsys):
     said = capsys.readouterr().out
     assert "top-1" in said and "top-5" not in said
     evaluate.main([*flags, "--dataset", "moved", "--compare", "before"])
-    metrics = json.loads(Path("results/metrics.json").read_text())
+    metrics = read_json("results/metrics.json")
     assert metrics["images"] == 12 and metrics["dataset"].startswith("12 pictures, crc32 ")
     assert metrics["test_images_chose_checkpoint"] and metrics["comparison"]["difference"] == 0
     assert Path("results/mistakes.png").exists() and Path("results/confusion_matrix.png").exists()
@@ -318,7 +317,7 @@ def test_run_without_val_goes_on_and_is_evaluated_with_its_own_hold_out_alone(ph
     said = capsys.readouterr().out
     assert "photos: 6 hold-out images, because there is no val/" in said
     assert "the checkpoint was selected on these images" in said
-    metrics = json.loads(Path("results/metrics.json").read_text())
+    metrics = read_json("results/metrics.json")
     assert metrics["test_images_chose_checkpoint"] is True
     assert metrics["loss"] == pytest.approx(metrics["history"][-1]["val_loss"], rel=1e-5)
 

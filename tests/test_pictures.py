@@ -22,7 +22,7 @@ RESULT = evaluate.Result(NAMES, LABELS, PREDICTED, CONFIDENCE, "results", {})
 def cells(figure) -> np.ndarray:
     """The values of a heat map, the first row on top."""
     (mesh,) = (x for x in figure.axes[0].collections if isinstance(x, QuadMesh))
-    return mesh.get_array().reshape(mesh.get_array().shape)
+    return mesh.get_array()
 
 
 def texts(labels) -> list[str]:

@@ -276,7 +276,7 @@ def test_what_cannot_be_planned_is_refused(flags, message, folder, monkeypatch, 
 
 @pytest.mark.slow
 def test_two_processes_follow_one_plan(folder):
-    command = [*TORCHRUN, "--nproc-per-node", "2", str(utils.__file__).replace("utils", "train")]
+    command = [*TORCHRUN, "--nproc-per-node", "2", train.__file__]
     process = start_process([*command, *RUN, "--epochs", "1"], cwd=folder)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

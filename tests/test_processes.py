@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from scripts import (
     find_free_port,
     link_run,
     load,
+    read_json,
     run_script,
     settings,
     start_process,
@@ -30,7 +30,6 @@ from scripts import (
 import model as resnet
 import utils
 
-RUN = [*LAUNCHER, "--standalone"]
 RUN = [*TINY, "--checkpoint-dir", "demo"]
 
 
@@ -105,7 +104,7 @@ def test_batch_size_that_the_processes_cannot_share_is_said_here_and_to_torchrun
     script = run_script("train.py", *RUN, "--batch-size", "61", cwd=tmp_path, prepare=prepare)
     message = "train.py: --batch-size 61: expected a multiple of 2 processes"
     assert (script.status, script.stderr) == (2, f"{message}\n")
-    assert json.loads((tmp_path / "error.json").read_text())["message"] == message
+    assert read_json(tmp_path / "error.json")["message"] == message
     assert not (tmp_path / "demo").exists()  # nothing has started
 
 

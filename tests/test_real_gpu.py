@@ -5,17 +5,14 @@ On the CPU the same tests are among the slow ones, with a smaller network.
 
 import gc
 import itertools
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fake_gpu import smaller
-from scripts import RECIPES, ROOT, load
+from scripts import CLASSIC, RECIPES, ROOT, TORCHRUN, load, read_json, start_process
 from torchvision.models.resnet import ResNet
 
 import data
@@ -23,8 +20,6 @@ import evaluate
 import train
 import utils
 
-CLASSIC = "--demo --learning-rate 0.02 --momentum 0.9 --ema-decay 0 --crop-padding 2"
-CLASSIC += " --brightness 0.2 --contrast 0.2 --rotation 10 --no-curves"
 SMALL = f"{CLASSIC} --train-per-class 24 --learning-rate 0.005"
 FULL_SIZE = f"{CLASSIC} --image-size 224 --batch-size 128"
 
@@ -109,7 +104,7 @@ def test_no_step_waits_and_evaluate_agrees_with_the_last_validation(
             print(f"\n{precision} {compiled}: {speed}, at most {memory:.2f} GiB of GPU memory")
 
     evaluate.main(["--checkpoint", "run/last.pt", "--device", device, "--no-show"])
-    metrics = json.loads(Path("results/metrics.json").read_text())
+    metrics = read_json("results/metrics.json")
     assert metrics["loss"] == pytest.approx(history[-1]["val_loss"], rel=0.001)
     assert metrics["top1_accuracy"] == pytest.approx(history[-1]["val_accuracy"], abs=2.5 / 360)
 
@@ -160,8 +155,8 @@ def test_batches_are_the_same_as_on_the_cpu(device):
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_torchrun_trains(device):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     flags = f"{SMALL} --architecture resnet18 --device {device} --epochs 1".split()
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
-    process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0 and "finished all 1 epochs" in process.stdout, process.stderr
+    command = [*TORCHRUN, "--nproc-per-node", "1", str(ROOT / "train.py"), *flags]
+    process = start_process(command, cwd=Path.cwd())
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "finished all 1 epochs" in out, err
