@@ -17,11 +17,12 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -189,16 +190,6 @@ def split_images(
     limits = settings.holdout_per_class, settings.train_per_class
     train, holdout = split_per_class(found.labels, *limits)
     return found.select(train), found.select(holdout)
-
-
-def select_for_plan(split: Split, settings: Namespace, classes: list[str]) -> Split:
-    """Of all training images those that TRAIN_PER_CLASS leaves, as read_splits() chooses them."""
-    if settings.dataset in BUILT_IN:
-        return split.select(split_per_class(split.labels, 0, settings.train_per_class)[0])
-    found, _ = find_images(settings, "train", classes, quiet=True)
-    train, _ = split_images(found, classes, settings)  # of a folder also what cannot be decoded
-    wanted = {path.relative_to(train.folder.parent).as_posix() for path in train.files}
-    return split.select(torch.tensor([name in wanted for name in split.files]))
 
 
 def has_test_images(dataset: str) -> bool:
@@ -920,8 +911,6 @@ class EvalLoader:
     copies of the last image, which model.predict() drops.
     """
 
-    is_late: Callable[[float], bool] | None = None  # told the fraction done: whether to stop
-
     def __init__(
         self,
         images: Tensor,
@@ -930,9 +919,13 @@ class EvalLoader:
         device: torch.device | None = None,
         rows: Tensor | None = None,
         mode: str = "bilinear",
+        end: float = math.inf,
     ) -> None:
-        """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None."""
-        self.images, self.device = images, device or images.device
+        """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None.
+
+        end: time.perf_counter() after which no batch is begun, but for the first.
+        """
+        self.images, self.device, self.end = images, device or images.device, end
         self.rows = torch.arange(len(images), device=images.device) if rows is None else rows
         self.batch_size = min(batch_size, len(self.rows))
         self.normalize_and_resize = NormalizeAndResize(image_size, self.device, mode)
@@ -944,7 +937,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Tensor]:
         """Float batches (batch_size, 3, image_size, image_size)."""
         for index, rows in enumerate(self.rows.split(self.batch_size)):
-            if index and self.is_late and self.is_late(index / len(self)):
+            if index and time.perf_counter() > self.end:
                 return
             rows = torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows))])
             yield self.normalize_and_resize(take(self.images, rows, self.device).float() / 255)

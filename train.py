@@ -11,17 +11,15 @@ On an H200 it reached 82.6 % in six minutes, from compressed weights; README.md 
 Every constant at the top of train.py is also a flag: EPOCHS = 60 is --epochs 60.
 """
 
+import time
+
+start_of_script = time.perf_counter()  # MINUTES counts the import of torch, which takes seconds
+
 import copy
 import inspect
 import math
-import os
-import tempfile
-import time
 from argparse import Namespace
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +40,7 @@ import utils
 # the constants; one that is missing from an older checkpoint takes its default below, so the
 # default of a new constant must leave its feature off.
 
-MINUTES = 0.0  # plan a run that gets the most out of this time; 0: the constants as set [0.0, 1e5]
+MINUTES = 0.0  # train the best network that this time allows; 0: no limit [0.0, 1e5]
 
 # Files
 DATASET = "cifar100"  # "cifar100", "digits", or a folder with train/CLASS/ and val/CLASS/ pictures
@@ -125,16 +123,17 @@ DEMO_SETTINGS = {
     "ROTATION": 0.0,
 }
 
-# --minutes takes the first rung of the ladder that fits: with all images and the most epochs between
-# its two, else with the fewest epochs and the most images, no less than its share of all. Beside a
-# setting: the points it gains on held-out images of CIFAR-100, with the paired 95 % interval, in
-# runs of one to three epochs on 200 images per class.
-PLAN_SETTINGS = {
-    "SCHEDULE": "cosine",  # +2.4 (1.3 to 3.5), three epochs
-    "WARMUP_EPOCHS": 0.1,
+# With MINUTES these settings replace the constants above. Beside a setting: the points it gains on
+# held-out images of CIFAR-100, with the paired 95 % interval, in runs of one to three epochs on 200
+# images per class.
+MINUTES_SETTINGS = {
+    "HEAD_EPOCHS": 10,
+    "EPOCHS": 100_000,  # the time decides
     "EARLY_STOPPING_PATIENCE": 100_000,
-    "INTERPOLATION": "bicubic",  # +1.4 (0.4 to 2.5), one epoch on 60 per class; head alone +1.7
+    "SCHEDULE": "cosine",  # +2.4 (1.3 to 3.5), three epochs
+    "LEARNING_RATE": 0.005,
     "BATCH_SIZE": 64,
+    "INTERPOLATION": "bicubic",  # +1.4 (0.4 to 2.5), one epoch on 60 per class; head alone +1.7
     # No operation but FLIP and CROP_PADDING, +1.3 (0.2 to 2.4), pays in so few epochs.
     "BRIGHTNESS": 0.0,
     "CONTRAST": 0.0,
@@ -143,24 +142,22 @@ PLAN_SETTINGS = {
     "ROTATION": 0.0,
     "GRAYSCALE": 0.0,
 }
-LADDER = {
-    # IMAGE_SIZE, HEAD_EPOCHS, EPOCHS, FREEZE_STAGES, LEARNING_RATE, share of the images. Beside it,
-    # accuracy on 5,000 held-out images of CIFAR-100; two cores of a Xeon with AMX. Batch norm is
-    # frozen where stages are: that gains 4.8 points (3.5 to 6.0) in one epoch, but costs 1.5 (0.5 to
-    # 2.4) and 0.5 (-0.5 to 1.4) in 20 epochs of all images at 64 px, two seeds.
-    "head, then all": (160, 10, (12, 60), 0, 0.005, 1),  # for a GPU; not measured
-    "head, then three stages": (128, 10, (3, 12), 1, 0.005, 1),  # EPYC, an hour, 0.015: 76.8 %
-    "head, then two stages": (128, 10, (2, 6), 2, 0.005, 0.6),  # two epochs, 40 minutes: 77.9 %
-    "head, then two stages, once": (128, 8, (1, 1), 2, 0.005, 0.3),  # 10 minutes: 71.7 %
-    "head": (128, 10, (0, 0), 4, 0.005, 0.3),  # 2:04 minutes: 68.6 %
-    "head, smaller images": (96, 20, (0, 0), 4, 0.005, 0.02),  # 2:09 minutes: 65.0 %
-    "head, smallest images": (64, 20, (0, 0), 4, 0.005, 0.02),  # 46 seconds: 44.4 %
+# Which image size and how many frozen stages the time is spent on best, by how often a forward pass
+# at 128 px could see all images in it: the first line whose number is reached.
+MINUTES_TABLE = {
+    # passes: (IMAGE_SIZE, FREEZE_STAGES); batch norm is frozen where stages are
+    60: (224, 0),
+    15: (128, 1),
+    0.3: (128, 2),
+    0.1: (96, 2),
+    0.02: (64, 2),
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    begin = time.perf_counter() - time.process_time()  # what it took to import counts
-    args = utils.parse_flags(__file__, argv)
+def main(argv: list[str] | None = None, begin: float | None = None) -> None:
+    """begin: time.perf_counter() when the script was started; None: now."""
+    begin = time.perf_counter() if begin is None else begin
+    args = read_settings(argv)
     this = utils.this_process()
     check_combinations(args, this.world_size)
     last = Path(args.checkpoint_dir, "last.pt")
@@ -170,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     _lock = utils.lock_folder(last.parent)  # until main() returns
     checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
     if checkpoint:
-        args = follow_plan(argv, args, checkpoint["constants"])
+        args = read_settings(argv, checkpoint["constants"])
         utils.require_same_settings(checkpoint, last, args)
     elif this.rank == 0:
         require_weights(args)  # before pictures are decoded
@@ -183,22 +180,20 @@ def main(argv: list[str] | None = None) -> None:
     utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
     utils.broadcast(model.state_dict().values())  # rank 0's weights
 
-    # Plan
-    budget = None
+    # What the time allows
+    clock = Clock(begin, args, len(val_split.labels))
     if args.minutes and not checkpoint:
-        val_images = len(val_split.labels)
-        args, budget = make_plan(argv, args, begin, train_split, val_images, precision, device)
-        if args.train_per_class:
-            train_split = data.select_for_plan(train_split, args, facts["classes"])
-            facts["dataset"] = data.identify(args, train_split)
+        speed = measure_forward(model, train_split.images, utils.DTYPES[precision], device)
+        images = len(train_split.labels) + len(val_split.labels)
+        args = choose_settings(argv, args, clock, speed / images)
+        clock.image_seconds = (args.image_size / 128) ** 2 / speed
     elif device.type == "cpu" and not checkpoint:
         advise_minutes(args, len(train_split.labels))
     train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
     utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
     resnet.freeze_stages(model, args.freeze_stages)
     class_weights = weigh_classes(args, train_loader.labels, len(facts["classes"]))
-    run = make_run(args, model, precision, class_weights)
-    run.budget = budget
+    run = make_run(args, model, precision, class_weights, clock)
 
     # Restore, or start
     metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
@@ -208,30 +203,55 @@ def main(argv: list[str] | None = None) -> None:
         del checkpoint  # and its memory
     else:
         utils.move_aside(last.parent)
+        start = time.perf_counter()
         utils.save_run(last.parent, metadata, run.parts(), history)
+        clock.save_seconds = 2 * (time.perf_counter() - start)  # with best.pt
     first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
+    if args.minutes:
+        first = clock.trained + 1  # not each of its epochs is in the history
 
     # Wrap, train
     run.network = wrap_network(model, args.compile)
     for epoch in range(first, args.epochs + 1):
-        if should_stop(history, args) or epoch > args.epochs:
+        if should_stop(history, args):
             break
         start = time.perf_counter()
-        figures = train_one_epoch(run, train_loader, epoch, args)
-        trained = time.perf_counter()
-        figures |= validate(run, val_loader, val_labels)
-        history.append({"epoch": epoch, **figures, "seconds": time.perf_counter() - start})
-        is_best = finish_epoch(run, history, args)
-        utils.save_run(last.parent, metadata, run.parts(), history, is_best)
-        utils.say("epoch", epoch_line(history[-1], args.epochs) + ("  best" if is_best else ""))
-        saved = time.perf_counter()
-        if args.curves:
-            utils.draw_progress(last.parent, history, args.watch)
-        end_in_time(run, args, epoch, save_seconds=saved - trained)
+        row = {"epoch": epoch, **train_one_epoch(run, train_loader, epoch, args)}
+        clock.trained = epoch
+        is_last = epoch + 1 / len(train_loader) > run.end  # there is no time for another step
+        if is_last or clock.is_closing_worth_it():
+            row |= validate(run, val_loader, val_labels)
+            row["seconds"] = time.perf_counter() - start
+            history.append(row)
+            is_best = finish_epoch(run, history, args)
+            utils.save_run(last.parent, metadata, run.parts(), history, is_best)
+            utils.say("epoch", epoch_line(row, args) + ("  best" if is_best else ""))
+            clock.closed_at = time.perf_counter()
+            if args.curves:
+                utils.draw_progress(last.parent, history, args.watch)
+        elif epoch == 0:  # the head took most of the time, perhaps
+            utils.save_run(last.parent, metadata, run.parts(), history)
+        if is_last:
+            break
     if args.curves:
         utils.draw_progress(last.parent, history, args.watch, at_once=True)
     report(run, args, history)
     utils.disconnect()
+
+
+def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespace:
+    """The constants with the flags put over them; with MINUTES, its settings are put in between.
+
+    of_run: the constants of a run that is continued, which has chosen its settings already.
+    """
+    args = utils.parse_flags(__file__, argv)
+    if not args.minutes:
+        return args
+    settings = dict(MINUTES_SETTINGS)
+    if of_run:
+        for name in [*settings, "IMAGE_SIZE", "FREEZE_STAGES", "FREEZE_BATCH_NORM"]:
+            settings[name] = of_run[name.lower()]
+    return utils.parse_flags(__file__, argv, settings)
 
 
 def advise_minutes(args: Namespace, images: int) -> None:
@@ -253,6 +273,7 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
         return train_head(run, loader, args)
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
     torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
+    run.end = min(args.epochs, run.clock.start_epoch(epoch))
     steps, start = len(loader), time.perf_counter()
     loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
     options = {"unit": "image", "leave": False, "disable": not utils.on_terminal()}
@@ -266,13 +287,13 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
         loss_sum += loss
         correct_sum += correct
         bar.update(loader.batch_size)
-        if step % args.log_every == 0 or step == steps:
+        done = epoch - 1 + step / steps  # epochs, a fraction included
+        if step % args.log_every == 0 or step == steps or done >= run.clock.next_reading:
             mean_loss = loss_sum.item() / step  # of batch means; here alone the host waits
             require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
-            seconds = (time.perf_counter() - start) * steps / step
-            end_in_time(run, args, epoch - 1 + step / steps, epoch_seconds=seconds)
-        if epoch - 1 + (step + 1) / steps > run.end + 1e-9:  # the next step would be too late
+            run.end = min(args.epochs, run.clock.read(done))
+        if done + 1 / steps > run.end + 1e-9:  # the next step would be too late
             break
     bar.close()
     speed, share = step * loader.batch_size / (time.perf_counter() - start), len(labels)
@@ -356,8 +377,8 @@ class Run:
     scaler: torch.amp.GradScaler  # idle except for fp16
     dtype: torch.dtype  # of autocast
     class_weights: Tensor | None  # (num_classes,)
-    end: float  # the epoch, or a part of it, with which the run ends at the latest
-    budget: "Budget | None" = None  # with MINUTES
+    end: float  # epochs, a fraction included, with which the run ends at the latest
+    clock: "Clock"  # with MINUTES it moves the end
 
     @property
     def validated(self) -> nn.Module:
@@ -366,13 +387,21 @@ class Run:
 
     def parts(self) -> dict[str, object]:
         """What last.pt must hold, by name, "model" being what is validated."""
-        names = ("optimizer", "scheduler", "scaler")
-        parts = {"model": self.validated} | {name: getattr(self, name) for name in names}
-        return parts if self.average is None else parts | {"trained_model": self.model}
+        parts = {"model": self.validated, "optimizer": self.optimizer}
+        parts |= {"scheduler": self.scheduler, "scaler": self.scaler}
+        if self.average is not None:
+            parts["trained_model"] = self.model
+        if self.clock.is_limited:
+            parts["clock"] = self.clock
+        return parts
 
 
 def make_run(
-    args: Namespace, model: nn.Module, precision: str, class_weights: Tensor | None = None
+    args: Namespace,
+    model: nn.Module,
+    precision: str,
+    class_weights: Tensor | None = None,
+    clock: "Clock | None" = None,
 ) -> Run:
     """The optimizer and its schedule for a model that is on its device already."""
     device = next(model.parameters()).device
@@ -385,7 +414,7 @@ def make_run(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average, averaged = make_average(model) if args.ema_decay else (None, [])
     parts = average, averaged, optimizer, scheduler, scaler, utils.DTYPES[precision]
-    return Run(model, model, *parts, class_weights, args.epochs)
+    return Run(model, model, *parts, class_weights, args.epochs, clock or Clock(0, args, 0))
 
 
 def weigh_classes(args: Namespace, labels: Tensor, num_classes: int) -> Tensor | None:
@@ -443,14 +472,20 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     Linear probing before fine-tuning: Kumar et al. 2022, arXiv 2202.10054. Each process trains on
     the features of all images. Loss and accuracy are those of the last of the head's epochs.
     """
-    start, head = time.perf_counter(), run.model.fc
-    features, labels = compute_features(run, loader, args)
-    curve = fit_head(head, features, labels, args, run.class_weights)
+    start, head, clock = time.perf_counter(), run.model.fc, run.clock
+    features_end = start + (1 - clock.head_share) * clock.seconds_left()
+    features, labels = compute_features(run, loader, args, features_end)
+    clock.image_seconds = (time.perf_counter() - start) / len(features)
+    curve = fit_head(head, features, labels, args, run.class_weights, clock.seconds_left())
     utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
     if run.average is not None:
         run.average.load_state_dict(run.model.state_dict())
     loss, accuracy = curve[-1]
     require_finite(loss, "training", "epoch 0", args.head_learning_rate)
+    if clock.seconds_left() < 12 * args.batch_size * clock.image_seconds:  # about two steps
+        run.end = 0
+    images = f"{len(features):,} of {len(loader.labels):,} images"
+    utils.say("head", f"trained {len(curve)} epochs on the features of {images}")
     speed = len(features) / (time.perf_counter() - start)  # computing the features included
     figures = {"learning_rate": args.head_learning_rate, "train_loss": loss, "head": curve}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
@@ -462,21 +497,28 @@ def fit_head(
     labels: Tensor,
     args: Namespace,
     class_weights: Tensor | None = None,
+    seconds: float = math.inf,
 ) -> list[tuple[float, float]]:
-    """Trains a head on features (N, num_features); returns loss and accuracy of each epoch."""
+    """Trains a head on features (N, num_features); returns loss and accuracy of each epoch.
+
+    It ends after HEAD_EPOCHS or so many seconds, whichever comes first, and the rate with it.
+    """
     optimizer = make_optimizer(head, args.head_learning_rate, args)
     seed, batch_size = data.mix_seed(args.seed, 0), min(args.batch_size, len(labels))
     steps = len(labels) // batch_size
     torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
     head.train()
-    sums = []
+    start = time.perf_counter()
+    sums, counts = [], []
     for epoch in range(args.head_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         loss_sum, correct_sum = features.new_zeros(2)
-        for step, batch in enumerate(order.split(batch_size)[:steps]):
-            progress = (epoch + (step + 0.5) / steps) / args.head_epochs
-            optimizer.param_groups[0]["lr"] = args.head_learning_rate * cosine(progress)
+        for step, batch in enumerate(order.split(batch_size)[:steps], start=1):
+            progress = (epoch + (step - 0.5) / steps) / args.head_epochs
+            time_share = (time.perf_counter() - start) / seconds
+            rate = args.head_learning_rate * cosine(min(1, max(progress, time_share)))
+            optimizer.param_groups[0]["lr"] = rate
             logits = head(features[batch])
             loss = compute_loss(logits, labels[batch], args, class_weights)
             optimizer.zero_grad()
@@ -484,33 +526,36 @@ def fit_head(
             optimizer.step()
             loss_sum += loss.detach()
             correct_sum += (logits.detach().argmax(1) == labels[batch]).sum()
+            if time_share >= 1:
+                break
         sums.append(torch.stack([loss_sum, correct_sum]))
+        counts.append(step)
+        if time_share >= 1:
+            break
     sums = torch.stack(sums).tolist()  # here alone the host waits
-    return [(loss / steps, correct / (steps * batch_size)) for loss, correct in sums]
+    return [(loss / n, correct / (n * batch_size)) for (loss, correct), n in zip(sums, counts)]
 
 
-def compute_features(run: Run, loader: data.TrainLoader, args: Namespace) -> tuple[Tensor, Tensor]:
+def compute_features(
+    run: Run, loader: data.TrainLoader, args: Namespace, end: float = math.inf
+) -> tuple[Tensor, Tensor]:
     """What the head sees of the training images, not augmented (N, num_features), and their labels.
 
-    Each process computes its share. With MINUTES, images for which there is no time are left out.
-    (Mirrored images as well took twice the time, without a measurable gain.)
+    Each process computes its share, in random order, until all are done or the time is end by
+    time.perf_counter(). (Mirrored images as well took twice the time, without a measurable gain.)
     """
     generator = torch.Generator().manual_seed(data.mix_seed(args.seed, 0))
     order = torch.randperm(len(loader.labels), generator=generator)
-    share = order[loader.rank :: loader.world_size].to(loader.images.device)
+    padding = order[: -len(order) % loader.world_size]  # as many images for each process
+    share = torch.cat([order, padding])[loader.rank :: loader.world_size]
+    share = share.to(loader.images.device)
     sizes = args.val_batch_size, args.image_size
-    own_images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation)
-    if run.budget:
-        own_images.is_late = partial(features_are_late, run.budget, time.perf_counter())
-    own = resnet.extract_features(run.model, own_images, run.dtype, utils.on_terminal())
-    computed = [int(length) for length in utils.exchange("features", str(len(own)))]
-    features = own.new_zeros(len(order), own.shape[1])
-    features[loader.rank :: loader.world_size][: len(own)] = own
-    features, count = utils.sum_over_processes(features), len(order)
-    if sum(computed) < count:
-        count = min(computed) * loader.world_size
-        utils.say("note", f"slower than planned: {count:,} images train the head")
-    return features[:count], loader.labels[order[:count].to(loader.device)]
+    images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation, end)
+    features = resnet.extract_features(run.model, images, run.dtype, utils.on_terminal())
+    counts = utils.gather(torch.tensor(len(features), device=loader.device))
+    features = utils.gather(features[: counts.min()])  # (processes, images, num_features)
+    features = features.transpose(0, 1).flatten(0, 1)[: len(order)]
+    return features, loader.labels[order[: len(features)].to(loader.device)]
 
 
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
@@ -553,261 +598,138 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
         )
 
 
-# ---- the plan for --minutes ---------------------------------------------------------------------
+# ---- the clock of --minutes ---------------------------------------------------------------------
 
 
-@dataclass
-class Budget:
-    """The time that MINUTES gives, and the seconds that a run takes of it, as measured so far."""
+class Clock:
+    """How much of MINUTES is left, and how many epochs it is enough for; without limit if 0.
 
-    margin = 1.1  # for a machine that gets slower, where nothing can be left out any more
-    deadline: float  # time.perf_counter() by which the run has ended
-    features_seconds: float
-    head_seconds: float  # of the head's epochs
-    epoch_seconds: float  # of an epoch's steps
-    save_seconds: float  # of the validation and the save after it
-    epochs: int  # as planned
-
-
-def make_plan(
-    argv: list[str] | None,
-    args: Namespace,
-    begin: float,
-    train_split: data.Split,
-    val_images: int,
-    precision: str,
-    device: torch.device,
-) -> tuple[Namespace, Budget]:
-    """The settings of the best rung of LADDER that fits into args.minutes from begin on.
-
-    Flags win over the ladder. Rank 0 decides, by what it measures while the others measure too.
-    Raises UserError if no rung fits.
+    All processes go by the clock of rank 0, so all of them call these methods at the same places.
     """
-    if utils.parse_flags(__file__, argv, PLAN_SETTINGS).schedule == "plateau":
-        utils.refuse_flag("schedule", "plateau", "cosine with --minutes: its end can be planned")
-    counts = train_split.labels.bincount().tolist()
-    deadline = begin + 60 * args.minutes - args.curves  # a second to draw them at the end
-    watch = Stopwatch(args, train_split, len(counts), precision, device)
 
-    def cost(settings: dict, roughly: bool = False) -> float:
-        candidate = utils.parse_flags(__file__, argv, settings)
-        return sum_up(expect(candidate, watch, counts, val_images, roughly), candidate)
+    head_share = 0.2  # of the time, for the head, where it is too short for all features
 
-    def time_left() -> float:
-        return (deadline - time.perf_counter()) / Budget.margin
+    def __init__(self, begin: float, args: Namespace, val_images: int) -> None:
+        """begin: time.perf_counter() when the script was started."""
+        self.is_limited = args.minutes > 0
+        self.begin = self.closed_at = begin
+        self.seconds = 60 * args.minutes
+        self.val_images = val_images
+        self.ending_seconds = 3 if args.curves else 1  # to draw them, and for Python to end
+        self.save_seconds = 0.0  # of last.pt and best.pt
+        self.image_seconds = 0.0  # of a forward pass, per image, as measured last
+        self.epoch_seconds = 0.0  # at the pace of the last readings; 0 before the first
+        self.trained = -1 if args.head_epochs else 0  # the last epoch that was trained
+        self.done = 0.0  # epochs at the last reading, a fraction included
+        self.next_reading = math.inf  # epochs at which the next is due
 
-    found = choose_rung(cost, time_left, max(counts))
-    settings, least = utils.from_rank_0("plan", lambda: found)
-    elapsed = time.perf_counter() - begin
-    if not settings:
-        least = math.ceil((elapsed + Budget.margin * least) / 6) / 10
+    @property
+    def closing_seconds(self) -> float:
+        """Of a validation and the save after it."""
+        return self.val_images * self.image_seconds + self.save_seconds
+
+    def seconds_left(self) -> float:
+        """For training: without a last validation, its save and the end of the script."""
+        if not self.is_limited:
+            return math.inf
+        end = self.begin + self.seconds - self.closing_seconds - self.ending_seconds
+        return utils.of_rank_0(end - time.perf_counter())
+
+    def start_epoch(self, epoch: int) -> float:
+        """The end of the training at the pace of the epochs before; infinite before the first."""
+        if not self.is_limited:
+            return math.inf
+        self.done = self.next_reading = epoch - 1.0
+        self.read_at = time.perf_counter()
+        if not self.epoch_seconds:
+            return math.inf
+        return utils.of_rank_0(self.done + self.seconds_left() / self.epoch_seconds)
+
+    def read(self, done: float) -> float:
+        """The end of the training, in epochs, at the pace since the last reading and before it.
+
+        done: epochs so far, a fraction included. The next reading is due half-way to the end, so
+        that readings become frequent where there is little time to correct an error.
+        """
+        if not self.is_limited:
+            return math.inf
+        now = time.perf_counter()
+        pace = (now - self.read_at) / (done - self.done)
+        self.epoch_seconds = (pace + (self.epoch_seconds or pace)) / 2
+        self.read_at, self.done = now, done
+        end = utils.of_rank_0(done + max(0, self.seconds_left()) / self.epoch_seconds)
+        self.next_reading = (done + end) / 2
+        return end
+
+    def is_closing_worth_it(self) -> bool:
+        """Whether a validation and a save are cheap beside the training since the last ones."""
+        if not self.is_limited:
+            return True
+        is_cheap = 20 * self.closing_seconds < time.perf_counter() - self.closed_at
+        return utils.of_rank_0(is_cheap) and self.seconds_left() > 2 * self.closing_seconds
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs to go on with the time that is left."""
+        return {
+            "seconds_used": time.perf_counter() - self.begin,
+            "save_seconds": self.save_seconds,
+            "image_seconds": self.image_seconds,
+            "epoch_seconds": self.epoch_seconds,
+            "trained": self.trained,
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.begin -= state["seconds_used"]
+        self.save_seconds = state["save_seconds"]
+        self.image_seconds = state["image_seconds"]
+        self.epoch_seconds = state["epoch_seconds"]
+        self.trained = state["trained"]
+
+
+def measure_forward(
+    model: nn.Module, images: Tensor, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Images per second of a forward pass at 128 px, by all processes, over two seconds."""
+    images = images[: 32 if device.type == "cpu" else 1024]
+    loader = data.EvalLoader(images, 128, 128, device, mode="bicubic")
+
+    def run_once() -> None:
+        resnet.predict(model, loader, dtype).sum().item()  # waits for the device
+
+    run_once()  # allocates memory and chooses kernels
+    passes, start = 0, time.perf_counter()
+    while passes == 0 or time.perf_counter() - start < 2:
+        run_once()
+        passes += 1
+    speed = passes * len(images) / (time.perf_counter() - start)
+    return utils.of_rank_0(speed) * utils.this_process().world_size
+
+
+def choose_settings(
+    argv: list[str] | None, args: Namespace, clock: Clock, passes_per_second: float
+) -> Namespace:
+    """The settings of the first line of MINUTES_TABLE that is reached; flags win over it.
+
+    passes_per_second: over all images at 128 px. Raises UserError if no line is reached.
+    """
+    seconds = clock.seconds_left()
+    passes = seconds * passes_per_second
+    for least, (image_size, stages) in MINUTES_TABLE.items():
+        if passes >= least:
+            break
+    else:
+        minutes = args.minutes + (least / passes_per_second - seconds) / 60
         raise utils.UserError(
-            f"--minutes {args.minutes:g} is too short: expected {least:g} or more on this machine"
+            f"--minutes {args.minutes:g} is too short: expected {math.ceil(10 * minutes) / 10:g} "
+            "or more on this machine"
         )
-    args = utils.parse_flags(__file__, argv, settings)
+    row = {"IMAGE_SIZE": image_size, "FREEZE_STAGES": stages, "FREEZE_BATCH_NORM": stages > 0}
+    args = utils.parse_flags(__file__, argv, MINUTES_SETTINGS | row)
     check_combinations(args, utils.this_process().world_size)
-    seconds = expect(args, watch, counts, val_images)
-    minutes = (elapsed + sum_up(seconds, args)) / 60
-    per_class = f"{args.train_per_class} images per class" if args.train_per_class else "all images"
-    parts = f"{args.image_size} px, {per_class}, {args.head_epochs} epochs of the head"
-    parts += f", {args.epochs} of the network with {args.freeze_stages} stages frozen"
-    utils.say("plan", f"{parts}: about {minutes:.1f} of {args.minutes:g} minutes")
-    own = ("minutes", "resume", "resume_if_saved")
-    utils.say("repeat", utils.command_of(__file__, args, without=own))
-    parts = [max(seconds[part], 1e-3) for part in ("features", "head", "epoch", "save")]
-    return args, Budget(deadline, *parts, args.epochs)
-
-
-def choose_rung(
-    cost: Callable[..., float], time_left: Callable[[], float], most_per_class: int
-) -> tuple[dict, float]:
-    """The settings of the first rung of LADDER that fits into the seconds left, and their cost.
-
-    cost(settings) measures what it has not measured yet, which takes a while; with roughly=True it
-    is at least as low. If no rung fits, the settings are empty and the cost is that of the last.
-    """
-    for size, head_epochs, (fewest, most), frozen, rate, share in LADDER.values():
-        fixed = {"IMAGE_SIZE": size, "FREEZE_STAGES": frozen, "FREEZE_BATCH_NORM": frozen > 0}
-        fixed |= {"LEARNING_RATE": rate, "HEAD_EPOCHS": head_epochs, "EPOCHS": fewest}
-        fixed |= PLAN_SETTINGS
-        fewest_images = math.ceil(share * most_per_class)
-        settings = fixed | {"TRAIN_PER_CLASS": fewest_images}
-        least = cost(settings, roughly=True)
-        if least > time_left():
-            continue
-        least = cost(settings)
-        for name, values in (
-            ("EPOCHS", range(fewest, most + 1)),
-            ("TRAIN_PER_CLASS", range(fewest_images, most_per_class)),
-        ):
-            base, left = fixed | {"TRAIN_PER_CLASS": 0}, time_left()
-            if fit := bisect_right(values, left, key=lambda value: cost(base | {name: value})):
-                settings = base | {name: values[fit - 1]}
-                return settings, cost(settings)
-    return {}, least
-
-
-def expect(
-    args: Namespace, watch: "Stopwatch", counts: list[int], val_images: int, roughly: bool = False
-) -> dict[str, float]:
-    """Seconds for the first save, features, the head's epochs, an epoch, a validation with its save.
-
-    counts: training images per class. roughly: less than that, from a forward pass of small images.
-    """
-    processes, forward = utils.this_process().world_size, watch.forward(args, roughly)
-    images = sum(min(count, args.train_per_class or count) for count in counts)
-    seconds = {"start": watch.save(args), "features": 0.0, "head": 0.0, "epoch": 0.0}
-    seconds["save"] = seconds["start"] + forward * val_images / processes
-    if args.head_epochs:
-        seconds["features"] = forward * images / processes
-        seconds["head"] = watch.head(args) * images * args.head_epochs
-    if args.epochs:
-        seconds["epoch"] = (2 * forward if roughly else watch.step(args)) * images / processes
-    return seconds
-
-
-def sum_up(seconds: dict[str, float], args: Namespace) -> float:
-    """Seconds of a whole run."""
-    saves = args.epochs + bool(args.head_epochs)
-    once = seconds["start"] + seconds["features"] + seconds["head"]
-    return once + args.epochs * seconds["epoch"] + saves * seconds["save"]
-
-
-class Stopwatch:
-    """Measures what a run consists of on its device, each part once: seconds per image."""
-
-    def __init__(
-        self,
-        args: Namespace,
-        train_split: data.Split,
-        num_classes: int,
-        precision: str,
-        device: torch.device,
-    ) -> None:
-        self.precision, self.measured = precision, {}
-        self.batches = 1 if device.type == "cpu" else 8  # there one takes long enough
-        most = self.batches * max(args.val_batch_size, PLAN_SETTINGS["BATCH_SIZE"])
-        self.split = train_split.select(slice(most)).to(device)
-        # A network of its own, because measured steps change it
-        self.model = resnet.build_model(args.architecture, num_classes)
-        self.model.to(device, memory_format=data.memory_format(device))
-
-    def forward(self, args: Namespace, roughly: bool = False) -> float:
-        """A forward pass for validation or features; roughly: a lower bound, from smaller images."""
-        if roughly and args.image_size > 64:
-            small = Namespace(**vars(args) | {"image_size": 64})
-            return 0.6 * self.forward(small) * (args.image_size / 64) ** 2
-        batch_size = args.val_batch_size
-        images = self.split.images[: batch_size * self.batches]
-        device = self.split.labels.device
-        mode = args.interpolation
-        loader = data.EvalLoader(images, batch_size, args.image_size, device, mode=mode)
-
-        def use() -> Tensor:
-            return resnet.predict(self.model, loader, utils.DTYPES[self.precision]).sum()
-
-        return self.once(use, len(images), "forward", args.image_size)
-
-    def step(self, args: Namespace) -> float:
-        """A step of training with its augmentation."""
-        batch_size = args.batch_size // utils.this_process().world_size
-        args = Namespace(**vars(args) | {"batch_size": batch_size})
-        self.model.requires_grad_(True)
-        resnet.freeze_stages(self.model, args.freeze_stages)
-        run = make_run(args, self.model, self.precision)
-        loader = data.TrainLoader(self.split.select(slice(batch_size * self.batches)), args)
-
-        def use() -> Tensor:
-            resnet.set_train_mode(self.model, args.freeze_batch_norm)
-            return sum(train_step(run, *batch, args)[0] for batch in loader.epoch(1))
-
-        images = len(loader) * loader.batch_size
-        return self.once(use, images, "step", args.image_size, args.freeze_stages, batch_size)
-
-    def head(self, args: Namespace) -> float:
-        """A step of the head alone."""
-        args, head = Namespace(**vars(args) | {"head_epochs": 1}), self.model.fc
-        labels = self.split.labels
-        features = torch.rand(len(labels), head[0].in_features, device=labels.device)
-
-        def use() -> float:
-            return fit_head(head.requires_grad_(True), features, labels, args)[-1][0]
-
-        return self.once(use, len(labels), "head", args.batch_size)
-
-    def save(self, args: Namespace) -> float:
-        """Seconds for best.pt and last.pt, which together hold three times the network."""
-
-        def use() -> float:
-            with tempfile.TemporaryFile(dir=args.checkpoint_dir) as file:
-                torch.save(self.model.state_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            return 0.0
-
-        return 3 * self.once(use, 1, "save")
-
-    def once(self, use: Callable[[], Tensor | float], images: int, *key: object) -> float:
-        """Seconds per image of use(), whose number is read to wait for the device."""
-        if key not in self.measured:
-            float(use())  # allocates memory and chooses kernels
-            count, start = 0, time.perf_counter()
-            while not count or time.perf_counter() - start < 1:
-                float(use())
-                count += 1
-            self.measured[key] = (time.perf_counter() - start) / count / images
-        return self.measured[key]
-
-
-def features_are_late(budget: Budget, start: float, done: float) -> bool:
-    """Whether the rest must begin, at the pace of the features so far, a fraction of all."""
-    now = time.perf_counter()
-    pace = max(1, (now - start) / (done * budget.features_seconds))
-    rest = pace * budget.margin * (budget.head_seconds * done + budget.save_seconds)
-    return now + rest > budget.deadline
-
-
-def follow_plan(argv: list[str] | None, args: Namespace, constants: dict) -> Namespace:
-    """With MINUTES, the settings of a run that is continued, as its plan was; flags win over it."""
-    if not args.minutes:
-        return args
-    names = ["IMAGE_SIZE", "FREEZE_STAGES", "FREEZE_BATCH_NORM", "LEARNING_RATE", "HEAD_EPOCHS"]
-    names += ["EPOCHS", *PLAN_SETTINGS, "TRAIN_PER_CLASS"]
-    return utils.parse_flags(__file__, argv, {name: constants[name.lower()] for name in names})
-
-
-def end_in_time(
-    run: Run, args: Namespace, done: float, epoch_seconds: float = 0, save_seconds: float = 0
-) -> None:
-    """With MINUTES, brings the end of the run forward if the rest would take longer than is left.
-
-    done: epochs trained, a fraction included. The seconds are those measured last, if any. The
-    schedule then reaches its end earlier; EPOCHS counts the epochs that are begun. If it turns out
-    that there is time after all, the end moves back: in the first half of the run, when the rate is
-    still high, or after a whole epoch, whose measurement can be trusted.
-    """
-    if run.budget is None:
-        return
-    budget = run.budget
-    budget.epoch_seconds = epoch_seconds or budget.epoch_seconds
-    budget.save_seconds = save_seconds or budget.save_seconds
-    end = latest_end(budget, run.end, done, budget.epoch_seconds)
-    if (save_seconds and done <= run.end) or done < run.end / 2:
-        pace = budget.margin * budget.epoch_seconds  # what is given back must be there
-        end = max(end, latest_end(budget, budget.epochs, done, pace))
-    run.end = utils.of_rank_0(end)
-    args.epochs = math.ceil(run.end)
-
-
-def latest_end(budget: Budget, most: float, done: float, epoch_seconds: float) -> float:
-    """The epoch, or a part of it, to which the time left suffices; at most the one given."""
-    left, begun = budget.deadline - time.perf_counter(), math.floor(done)
-    for epochs in range(math.ceil(most), begun, -1):  # that are begun in the end
-        saves = budget.margin * (epochs - begun) * budget.save_seconds
-        possible = min(most, epochs, done + (left - saves) / epoch_seconds)
-        if possible > max(done, epochs - 1):
-            return possible
-    return min(done, most)
+    count = f"a forward pass at 128 px could see all images {passes:.2g} times in the time left"
+    parts = f"{args.image_size} px, {args.freeze_stages} stages frozen"
+    utils.say("chosen", f"{parts}: {count}")
+    return args
 
 
 def read_data(args: Namespace, this: utils.Processes) -> tuple[data.Split, data.Split, dict]:
@@ -936,6 +858,8 @@ def check_combinations(args: Namespace, world_size: int) -> None:
     if (args.mixup or args.cutmix) and args.batch_size // world_size % 2:
         expected = "an even number of images per process, for --mixup and --cutmix"
         utils.refuse_flag("batch_size", args.batch_size, expected)
+    if args.minutes and args.schedule == "plateau":
+        utils.refuse_flag("schedule", args.schedule, "cosine with --minutes")
     if args.minutes and (args.demo or args.compile or not args.weights):
         expected = "0 with --demo, --compile or without pretrained weights"
         utils.refuse_flag("minutes", args.minutes, expected)
@@ -947,10 +871,11 @@ def check_combinations(args: Namespace, world_size: int) -> None:
         utils.refuse_flag("warmup_epochs", args.warmup_epochs, f"less than {args.epochs} epochs")
 
 
-def epoch_line(row: dict[str, float], epochs: int) -> str:
-    """The figures of an epoch on one line."""
+def epoch_line(row: dict[str, float], args: Namespace) -> str:
+    """The figures of an epoch on one line; with MINUTES, the number of epochs is not known yet."""
+    place = f"{row['epoch']}" if args.minutes else f"{row['epoch']}/{args.epochs}"
     return (
-        f"{row['epoch']}/{epochs}  lr {row['learning_rate']:.4g}"
+        f"{place}  lr {row['learning_rate']:.4g}"
         f"  train loss {row['train_loss']:.4f}, accuracy {100 * row['train_accuracy']:.2f} %"
         f"  validation loss {row['val_loss']:.4f}, accuracy {100 * row['val_accuracy']:.2f} %"
         f"  {row['seconds']:.1f} s  {row['images_per_second']:,.0f} images/s"
@@ -963,15 +888,16 @@ def report(run: Run, args: Namespace, history: list[dict]) -> None:
     if should_stop(history, args):
         count = epochs_since_best(history, args)
         utils.say("stopped", f"no better validation {args.watch} in {count} epochs")
+    elif args.minutes:
+        used = (time.perf_counter() - run.clock.begin) / 60
+        trained = f"{run.clock.done:.2f} epochs of the network"
+        utils.say("finished", f"{used:.2f} of {args.minutes:g} minutes: {trained}")
     else:
         epochs = history[-1]["epoch"]
         utils.say("finished", f"all {epochs} epochs" if epochs else "the head alone")
     figures = f"{100 * best['val_accuracy']:.2f} % (loss {best['val_loss']:.4f})"
     path = Path(args.checkpoint_dir, "best.pt")
     utils.say("best", f"epoch {best['epoch']}: validation accuracy {figures}, {path}")
-    if run.budget and run.end < run.budget.epochs:
-        planned = f"{run.end:.2f} epochs in place of {run.budget.epochs}, with the whole schedule"
-        utils.say("note", f"the machine was slower than measured: {planned}")
     flags = Namespace(checkpoint=str(path), data_dir=args.data_dir)
     if args.dataset not in data.BUILT_IN and (args.resume or args.resume_if_saved):
         flags.dataset = args.dataset  # the folder may have moved since best.pt was written
@@ -982,4 +908,4 @@ if __name__ == "__main__":
     with utils.explained_exit(
         "nothing is saved yet", "start again with a lower --batch-size or --image-size"
     ):
-        main()
+        main(begin=start_of_script)

@@ -396,6 +396,15 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def gather(values: Tensor) -> Tensor:
+    """The values, of the same shape on every process, of all processes: (world_size, ...)."""
+    if not dist.is_initialized():
+        return values[None]
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered)
+
+
 def mean_over_processes(*sums: Tensor, count: int) -> list[float]:
     """Each sum over this process's images, as a mean over those of all processes."""
     values = torch.stack([*sums, torch.full_like(sums[0], count)])
@@ -660,6 +669,8 @@ def require_same_settings(checkpoint: dict, path: Path, args: argparse.Namespace
     may_change |= WHERE_AND_HOW
     if args.schedule != "plateau":
         may_change.remove("epochs")  # the curve ends there: another number would move it
+    if not (args.minutes and checkpoint["constants"]["minutes"]):
+        may_change.remove("minutes")  # a run has a clock from its start, or never
     for name, value in vars(args).items():
         stored = checkpoint["constants"].get(name)
         if value != stored and name not in may_change:

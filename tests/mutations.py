@@ -27,7 +27,7 @@ IMAGES = "tests/test_folder.py -k two_classes"
 FOLDER = "tests/test_folder.py -k 'not (trained or hold_out or goes_on or changed_val)'"
 INPUT, TRAIN, RECIPES = (f"tests/test_{name}.py" for name in ("data", "train", "recipes"))
 PROCESSES, FAULTY = "tests/test_processes.py", "tests/test_faults.py"
-PLAN = "tests/test_plan.py -k 'rung or hand or earlier or cosine or measured or told'"
+CLOCK = "tests/test_clock.py"
 FAULTS = [
     # evaluate.py: numbers
     ("evaluate.py", "labels, logits, k=5", "labels, logits, k=4", CIFAR),
@@ -77,8 +77,8 @@ FAULTS = [
     ("data.py", "zlib.crc32(split.images.numpy(), zlib.crc32(split.labels.numpy()))", "zlib.crc32(split.images.numpy())", RANDOM),
     # the recipe, safety, folders
     ("model.py", "nn.ModuleList(stem_and_stages).requires_grad_(False)", "pass", FROZEN),
-    ("train.py", '"FREEZE_BATCH_NORM": frozen > 0', '"FREEZE_BATCH_NORM": True', PLAN),
-    ("train.py", "if args.weights and images_at_224 > 50_000:", "if images_at_224 > 50_000:", PLAN),
+    ("train.py", '"FREEZE_BATCH_NORM": stages > 0', '"FREEZE_BATCH_NORM": True', CLOCK),
+    ("train.py", "if args.weights and images_at_224 > 50_000:", "if images_at_224 > 50_000:", CLOCK),
     ("utils.py", "weights_only=True", "weights_only=False", CIFAR),
     ("data.py", "        except MemoryError:\n            raise\n        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", "        except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file", FOLDER),
     ("data.py", 'return name.startswith(".") or name in ("@eaDir", "__MACOSX")', "return False", FOLDER),
@@ -172,11 +172,19 @@ FAULTS = [
     ("evaluate.py", "/ scale.clamp(min=1)", "/ scale", CIFAR),
     ("evaluate.py", "(pixels - extent) / 2", "0 * pixels", CIFAR),
     # --minutes
-    ("train.py", "possible > max(done, epochs - 1)", "possible > epochs", PLAN),
-    ("train.py", "margin * (epochs - begun)", "margin * epochs", PLAN),
-    ("train.py", "once + args.epochs * seconds", "once + seconds", PLAN),
-    ("train.py", "(2 * forward if roughly", "(4 * forward if roughly", PLAN),
-    ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", PLAN),
+    ("train.py", "if passes >= least:", "if passes > least:", CLOCK),
+    ("train.py", "main(begin=start_of_script)", "main()", CLOCK + " -m slow"),
+    ("train.py", "end = self.begin + self.seconds - self.closing_seconds", "end = self.begin + self.seconds", CLOCK),
+    ("train.py", "or done >= run.clock.next_reading", "", CLOCK),
+    ("train.py", "self.next_reading = (done + end) / 2", "self.next_reading = done", CLOCK),
+    ("train.py", "(pace + (self.epoch_seconds or pace)) / 2", "self.epoch_seconds or pace", CLOCK),
+    ("train.py", "is_cheap = 20 * self.closing_seconds", "is_cheap = 0 * self.closing_seconds", CLOCK),
+    ("train.py", 'self.begin -= state["seconds_used"]', "pass", CLOCK),
+    ("train.py", "elif epoch == 0:", "elif False:", CLOCK),
+    ("train.py", "max(progress, time_share)", "progress", CLOCK),
+    ("data.py", "if index and time.perf_counter() > self.end:", "if False:", CLOCK),
+    ("utils.py", 'may_change.remove("minutes")', "pass", CLOCK),
+    ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", CLOCK),
 ]  # fmt: skip
 
 

@@ -198,15 +198,6 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
 
 
-def test_images_that_a_plan_chooses_are_those_that_resume_reads(photos):
-    (photos / "train/one/00003.png").write_bytes(b"no picture")
-    whole, _, facts = read_splits(photos)
-    args = settings(dataset=str(photos), stored_size=32, train_per_class=5)
-    planned = data.select_for_plan(whole, args, facts["classes"])
-    resumed, _, _ = read_splits(photos, train_per_class=5)
-    assert planned.files == resumed.files and torch.equal(planned.images, resumed.images)
-
-
 def test_decoding_that_fails_leaves_nothing(photos):
     full = patch.object(os, "posix_fallocate", side_effect=OSError(28, "full"))
     with full, pytest.raises(data.DataError, match="data/decoded: full. See --data-dir"):
