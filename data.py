@@ -509,8 +509,8 @@ def decode(files: list[Path], images: np.ndarray, whole: bool, quiet: bool) -> l
 
     with ThreadPool() as threads:  # one per core: Pillow lets threads decode at the same time
         results = threads.imap(read, range(len(files)))
-        off = quiet or None  # None: on if on a terminal
-        return list(tqdm(results, "decode", len(files), unit="picture", leave=False, disable=off))
+        bar = {"unit": "picture", "leave": False, "disable": quiet}
+        return list(tqdm(results, "decode", len(files), **bar))
 
 
 def _hash(*values: object) -> str:

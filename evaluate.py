@@ -128,7 +128,7 @@ class Classifier:
         loader = self.load(images)
         if self.tta:  # mirrored batch by batch: the device holds the images once
             networks.append(nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model))
-        progress = utils.on_terminal()
+        progress = utils.is_first()
         logits = [resnet.predict(network, loader, self.dtype, progress) for network in networks]
         if not torch.cat(logits).isfinite().all():
             raise utils.UserError(f"{self.path}: its predictions are not finite. Train it again")
@@ -574,7 +574,7 @@ def check_data(
     Test labels are judged by the network's probabilities (N, num_classes), training labels by heads
     on its initial features, each head on images that it was not trained on.
     """
-    classes, progress, test = classifier.classes, utils.on_terminal(), test.named()
+    classes, progress, test = classifier.classes, utils.is_first(), test.named()
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
         images.append(data.place(split.images, classifier.device))
@@ -1080,7 +1080,7 @@ def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: 
             program = torch.export.export(portable, (example,), dynamic_shapes=(sizes,))
             predict = write_program(program, json.dumps(classifier.classes), file)
             batches = images.cpu().split(constants["val_batch_size"])
-            bar = tqdm(batches, "check", unit="batch", leave=False, disable=not utils.on_terminal())
+            bar = tqdm(batches, "check", unit="batch", leave=False, disable=not utils.is_first())
             with torch.inference_mode():
                 exported = torch.cat([predict(batch) for batch in bar])
             difference = (exported - probabilities).abs().max().item()

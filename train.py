@@ -276,7 +276,7 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
     run.end = min(args.epochs, run.clock.start_epoch(epoch))
     steps, start = len(loader), time.perf_counter()
     loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
-    options = {"unit": "image", "leave": False, "disable": not utils.on_terminal()}
+    options = {"unit": "image", "leave": False, "disable": not utils.is_first()}
     bar = tqdm(total=steps * loader.batch_size, desc=f"epoch {epoch}", **options)
     for step, (images, labels) in enumerate(loader.epoch(epoch), start=1):
         rate = learning_rate_at(run, args, epoch - 1 + (step - 0.5) / steps)
@@ -553,7 +553,7 @@ def compute_features(
     share = share.to(loader.images.device)
     sizes = args.val_batch_size, args.image_size
     images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation, end)
-    features = resnet.extract_features(run.model, images, run.dtype, utils.on_terminal())
+    features = resnet.extract_features(run.model, images, run.dtype, utils.is_first())
     counts = utils.gather(torch.tensor(len(features), device=loader.device))
     features = utils.gather(features[: counts.min()])  # (processes, images, num_features)
     features = features.transpose(0, 1).flatten(0, 1)[: len(order)]
@@ -563,7 +563,7 @@ def compute_features(
 def validate(run: Run, loader: data.EvalLoader, labels: Tensor) -> dict[str, float]:
     """val_loss and val_accuracy, means over the images of all processes."""
     utils.broadcast(run.validated.buffers())
-    logits = resnet.predict(run.validated, loader, run.dtype, progress=utils.on_terminal())
+    logits = resnet.predict(run.validated, loader, run.dtype, progress=utils.is_first())
     loss_sum = F.cross_entropy(logits, labels, reduction="sum")
     correct = (logits.argmax(1) == labels).sum()
     loss, accuracy = utils.mean_over_processes(loss_sum, correct, count=len(labels))

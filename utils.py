@@ -5,6 +5,7 @@ import ast
 import csv
 import ctypes
 import difflib
+import io
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -770,15 +771,62 @@ def lock_folder(folder: Path) -> object:
 # ---- messages -----------------------------------------------------------------------------------
 
 
+def is_first() -> bool:
+    """Whether this is the run's first process, which alone prints and shows progress bars."""
+    return this_process().rank == 0
+
+
 def say(label: str, text: str) -> None:
     """Prints one labelled line from the run's first process, at once also into a pipe."""
-    if this_process().rank == 0:
+    if is_first():
         print(f"{label:<8} {text}", flush=True)
 
 
-def on_terminal() -> bool:
-    """Whether this process shows progress bars: the first one, on a terminal."""
-    return sys.stderr.isatty() and this_process().rank == 0
+SECONDS_PER_LINE = 60  # between two lines about progress in a log
+
+
+class _Log:
+    """sys.stdout or sys.stderr, where what cannot be written, on a full disk for instance, is lost.
+
+    Unless it is a terminal, progress bars become a line about every minute.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.last_line = time.monotonic()
+
+    def write(self, text: str) -> int:
+        if not text.startswith("\r") or self.isatty():
+            self._attempt(self.stream.write, text)
+        elif text.strip() and time.monotonic() - self.last_line >= SECONDS_PER_LINE:
+            self._attempt(self.stream.write, f"{text.strip()}\n")  # a bar, as tqdm draws it
+            self.last_line = time.monotonic()
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, operation: Callable, *args: str) -> None:
+        try:
+            operation(*args)
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w")  # noqa: SIM115, or Python's last flush would fail
+            raise
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def _prepare_stream(stream: TextIO | None) -> TextIO:
+    """What sys.stdout or sys.stderr is replaced with, so that no run ends because of its log."""
+    if stream is None or getattr(stream, "closed", False):  # pythonw has none
+        return open(os.devnull, "w")
+    if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+        return stream
+    stream.reconfigure(errors="backslashreplace")  # for letters that it cannot encode
+    return _Log(stream)
 
 
 # ---- how a script ends --------------------------------------------------------------------------
@@ -847,8 +895,7 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
     where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
     """
     _Ending.safe = safe
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for letters that the output cannot encode
+    sys.stdout, sys.stderr = _prepare_stream(sys.stdout), _prepare_stream(sys.stderr)
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
             signal.signal(signum, _stop)
@@ -859,7 +906,6 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
             signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
         _end(f"\nstopped  {_state()}", 128 + error.args[0])
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit fails too
         _end(f"stopped  the output pipe was closed.\n{_state()}")
     except FloatingPointError as error:
         _end(f"stopped  {error}.\n{_Ending.safe}")
@@ -887,7 +933,8 @@ def _end(message: str, status: int = 1) -> NoReturn:
         with suppress(RuntimeError):  # the process that keeps the store may have ended
             first = _store.add(f"said {message}", 1) == 1
     if first:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(message, file=sys.stderr, flush=True)
     if status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
         content = {"message": message, "timestamp": int(time.time())}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))

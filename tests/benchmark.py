@@ -359,7 +359,7 @@ def take_turns(setup: Setup, variants: dict[str, Iterator], deadline: float) -> 
     names, on_gpu = list(variants), setup.device.type == "cuda"
     rates = {name: [] for name in names}
     first_seconds, peak_memory, held, longest = {}, {}, dict.fromkeys(names, 0), 0
-    options = {"unit": "variant", "leave": False, "disable": not utils.on_terminal()}
+    options = {"unit": "variant", "leave": False, "disable": not utils.is_first()}
     for turn in range(setup.args.repeats):
         begin = time.perf_counter()
         if turn >= LEAST_TURNS and begin + longest > deadline:

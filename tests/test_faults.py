@@ -9,6 +9,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import resource
 import shlex
 import signal
@@ -172,6 +173,71 @@ def test_output_that_cannot_encode_a_letter_ends_no_run(finished_run, tmp_path):
     assert script.stdout.endswith("next     python evaluate.py --checkpoint 'L\\xe4ufe/best.pt'\n")
     message = fail("evaluate.py", "--checkpoint", "Läufe/none.pt", prepare=write_ascii)
     assert_explained(message, "L\\xe4ufe/none.pt not found")
+
+
+def fill_the_disk() -> None:
+    """What is written to both streams fails: No space left on device."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 1)
+    os.dup2(full, 2)
+
+
+def have_no_streams() -> None:
+    """As under pythonw, and where a shell has closed them: >&- 2>&-."""
+    sys.stdout = sys.stderr = None
+
+
+class NotebookStream:
+    """No more than a notebook's stream must have."""
+
+    def write(self, text: str) -> int:
+        return os.write(1, text.encode())
+
+    def flush(self) -> None:
+        pass
+
+
+def be_in_a_notebook() -> None:
+    sys.stdout = sys.stderr = NotebookStream()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("prepare", [fill_the_disk, have_no_streams, be_in_a_notebook])
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py"])
+def test_log_that_cannot_be_written_and_other_streams_end_no_script(
+    name, prepare, finished_run, tmp_path
+):
+    link_run(finished_run, tmp_path)
+    train_flags = [*RUN, "--epochs", "3", "--resume"]
+    flags = {"train.py": train_flags, "evaluate.py": ["--checkpoint", "demo/best.pt", "--no-show"]}
+    script = run_script(name, *flags[name], cwd=tmp_path, prepare=prepare)
+    assert (script.status, script.stderr) == (0, "")
+    assert Path({"train.py": "demo/last.pt", "evaluate.py": "results/metrics.json"}[name]).exists()
+    assert ("device   CPU" in script.stdout) == (prepare is be_in_a_notebook)
+
+
+def fill_the_disk_of_stdout() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def test_run_whose_log_cannot_be_written_tells_what_is_safe():
+    flags = ["--learning-rate", "1000", "--weight-decay", "1000"]
+    message = fail("train.py", *RUN, *flags, prepare=fill_the_disk_of_stdout)
+    assert_explained(message, "loss is", "the start is safe in demo/last.pt")
+
+
+def write_every_state() -> None:
+    utils.SECONDS_PER_LINE = 0
+
+
+def test_log_tells_progress_in_lines(finished_run, tmp_path):
+    """Every minute; here at once."""
+    link_run(finished_run, tmp_path)
+    flags = [*RUN, "--epochs", "3", "--resume"]
+    script = run_script("train.py", *flags, cwd=tmp_path, prepare=write_every_state)
+    assert "\r" not in script.stderr
+    for expected in (r"^epoch 3: 100%.* 40/40 .*loss=\d", r"^predict: 100%.* 1/1 "):
+        assert re.search(expected, script.stderr, re.MULTILINE), script.stderr
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------
