@@ -5,14 +5,18 @@ import ast
 import csv
 import ctypes
 import difflib
+import functools
 import io
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -46,6 +50,7 @@ class Constant(NamedTuple):
     value: object
     meaning: str  # its comment
     allowed: list  # the range [low, high] or the choices that end the comment; [] for none
+    group: str  # the comment line above its paragraph, "" if there is none
 
 
 def read_constants(script: str) -> dict[str, Constant]:
@@ -54,9 +59,19 @@ def read_constants(script: str) -> dict[str, Constant]:
     A comment may end in the range of a number, whole unless low is a float, [low, high], or in the
     choices of a string, ["a", "b"].
     """
-    source = Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    return _parse(script, _read_source(script))[1]
+
+
+def _read_source(script: str) -> str:
+    return Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+
+
+@functools.cache
+def _parse(script: str, source: str) -> tuple[str, dict[str, Constant]]:
+    """The docstring and the constants of a script."""
+    tree = ast.parse(source)
     constants, lines = {}, source.splitlines()
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -72,8 +87,19 @@ def read_constants(script: str) -> dict[str, Constant]:
                 f"{where}: {target.id} must be a plain number, text or bool, and its comment may "
                 'end in its range, [0, 10], or choices, ["a", "b"]'
             ) from None
-        constants[target.id] = Constant(value, meaning, allowed)
-    return constants
+        group = _heading(lines[: node.lineno - 1])
+        constants[target.id] = Constant(value, meaning, allowed, group)
+    return ast.get_docstring(tree) or "", constants
+
+
+def _heading(lines: list[str]) -> str:
+    """The comment that begins the paragraph which these lines end in, or ""."""
+    first = ""
+    for line in reversed(lines):
+        if not line.strip():
+            break
+        first = line
+    return first.strip("# ") if first.startswith("#") else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,17 +137,42 @@ def parse_flags(
     case. A bad flag, a value out of its range, or an empty string where the comment does not
     mention "" ends the script with one line and exit status 2.
     """
-    constants = {name.lower(): constant for name, constant in read_constants(script).items()}
-    demo_settings = constants.get("demo_settings", Constant({}, "", [])).value
-    constants = {name: x for name, x in constants.items() if not isinstance(x.value, dict)}
+    docstring, constants = _parse(script, _read_source(script))
+    demo_settings = {}
+    if "DEMO_SETTINGS" in constants:
+        demo_settings = constants["DEMO_SETTINGS"].value
+    constants = {
+        name.lower(): constant
+        for name, constant in constants.items()
+        if not isinstance(constant.value, dict)
+    }
+    given = vars(_make_parser(script, docstring, constants).parse_args(argv))
+    settings = {name: constant.value for name, constant in constants.items()} | given
+    if settings.get("demo"):
+        settings |= {name.lower(): value for name, value in demo_settings.items()}
+    if planned:
+        settings |= {name.lower(): value for name, value in planned.items()}
+    settings |= given
+    for name, value in settings.items():
+        _check_setting(name, value, constants[name])
+        settings[name] = _expand_home(value)
+    return argparse.Namespace(**settings)
+
+
+def _make_parser(script: str, docstring: str, constants: dict[str, Constant]) -> _Parser:
+    """What parses the flags of a script. Those that are not given are not in its result."""
     parser = _Parser(
         prog=Path(script).name,
-        description=ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8-sig"))),
+        usage="python %(prog)s [--FLAG VALUE ...]",
+        description=docstring,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (value, meaning, allowed) in constants.items():
+    groups = {"": parser}
+    for name, (value, meaning, allowed, heading) in constants.items():
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         limits = f" {allowed}" if allowed else ""
         options = {"help": f"{meaning}{limits} (default: {value!r})".replace("%", "%%")}
         if isinstance(value, bool):
@@ -131,16 +182,15 @@ def parse_flags(
         else:
             kind = type(allowed[0] if allowed else value)  # GRAYSCALE = 0 is a float
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+        groups[heading].add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser
 
-    given = vars(parser.parse_args(argv))
-    settings = {name: constant.value for name, constant in constants.items()} | given
-    if settings.get("demo"):
-        settings |= {name.lower(): value for name, value in demo_settings.items()}
-    settings |= {name.lower(): value for name, value in (planned or {}).items()} | given
-    for name, value in settings.items():
-        _check_setting(name, value, constants[name])
-    return argparse.Namespace(**settings)
+
+def _expand_home(value: object) -> object:
+    """A path, or a list of them, with ~ replaced by the home folder, which --flag=~/x leaves."""
+    if isinstance(value, list):
+        return [os.path.expanduser(path) for path in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = ()) -> str:
@@ -158,7 +208,12 @@ def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = (
                 f"--{flag}",
                 *(f"{x:.15g}" if isinstance(x, float) else str(x) for x in values),
             ]
-    return shlex.join(command)
+    return quote_command(command)
+
+
+def quote_command(words: list[str], windows: bool = sys.platform == "win32") -> str:
+    """The words of a command as one line for the shell."""
+    return subprocess.list2cmdline(words) if windows else shlex.join(words)
 
 
 def _check_setting(name: str, value: object, constant: Constant) -> None:
@@ -202,10 +257,25 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds none here. Try --device auto"
         )
+    if name == "auto":
+        _mention_idle_gpu()
     device = torch.device("cpu" if name == "auto" else name)
     if device.type == "cpu":
         _keep_freed_memory()
     return device
+
+
+def _mention_idle_gpu() -> None:
+    """Says why "auto" is the CPU on a machine that has a GPU."""
+    nvidia = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
+    if torch.backends.mps.is_available():
+        say("note", "the GPU of this Mac is used with --device mps, which is untested")
+    elif nvidia and torch.version.cuda is None:
+        say(
+            "note",
+            f"torch {torch.__version__} is built without CUDA and cannot use the NVIDIA GPU here; "
+            "https://pytorch.org/get-started has the command that installs one that can",
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -438,17 +508,20 @@ CONTENTS = {
     "classes": list,  # their names
     "history": list,  # a dict of figures per epoch
 }  # last.pt also holds launcher, validation and the state of all else that training changes
-RUN_FILES = ("last.pt", "best.pt", "history.csv", "training_curves.png")
+EXTRAS = ("history.csv", "training_curves.png")  # whose loss ends no run
+RUN_FILES = ("last.pt", "best.pt", *EXTRAS)
+CHECKPOINT_PATIENCE = 5  # seconds for which another program may keep last.pt or best.pt
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
 WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved", "curves"}
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str) -> Iterator:
+def atomic_write(path: Path, mode: str, patience: float = 0) -> Iterator:
     """Opens a temporary file that replaces path once it is complete and on disk.
 
-    Raises UserError, with the earlier file intact, when the disk is full.
+    Raises UserError, with the earlier file intact, when the disk is full, or when another program
+    keeps it for longer than patience, in seconds.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -456,20 +529,47 @@ def atomic_write(path: Path, mode: str) -> Iterator:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _move(temporary, path, patience)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        cause = error  # torch.save wraps the system's error in a RuntimeError
-        while cause and not isinstance(cause, OSError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        with suppress(OSError):
+            temporary.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):  # torch.save wraps one in a RuntimeError
             raise
-        raise UserError(f"{path} could not be written: {cause.strerror}.\n{_state()}") from error
+        reason = cause.strerror or cause
+        raise UserError(f"{path} could not be written: {reason}.\n{_state()}") from error
+
+
+def _move(file: Path, target: Path, patience: float) -> None:
+    """Replaces target by file; tries again for so many seconds where Windows refuses to.
+
+    It does while a virus scanner or a reader has one of the two open.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            os.replace(file, target)
+            return
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+@contextmanager
+def _extra(path: Path) -> Iterator[None]:
+    """Says what went wrong with a file that is not worth a run, and goes on."""
+    try:
+        yield
+    except UserError as error:
+        say("note", str(error).splitlines()[0].rstrip("."))
+    except Exception as error:  # noqa: BLE001, its type depends on what is wrong
+        say("note", f"{path} could not be written: {reason_of(error)}")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes tensors and plain types, completely or not at all."""
-    with atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb", CHECKPOINT_PATIENCE) as file:
         torch.save({"format": FORMAT} | state, file)
 
 
@@ -495,12 +595,17 @@ def save_run(
             states = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(folder / "last.pt", result | states)
             if history:
-                with atomic_write(folder / "history.csv", "w") as file:
-                    names = [name for name in history[0] if name != "head"]
-                    rows = csv.DictWriter(file, names, "", "ignore", lineterminator="\n")
-                    rows.writeheader()
-                    rows.writerows(history)
+                write_history(folder / "history.csv", history)
         _note_what_is_safe(folder / "last.pt", history)
+
+
+def write_history(path: Path, history: list[dict]) -> None:
+    """Writes the figures of each epoch as a row. Never fails: what went wrong is printed."""
+    names = [name for name in history[0] if name != "head"]
+    with _extra(path), atomic_write(path, "w") as file:
+        rows = csv.DictWriter(file, names, "", "ignore", lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(history)
 
 
 def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
@@ -520,18 +625,14 @@ def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool =
     Never fails: what went wrong is printed.
     """
     path = folder / "training_curves.png"
-    if this_process().rank or not (at_once or time.time() - _modified(path) > 10):
+    if not is_first():
         return
-    try:
+    with _extra(path):
+        if path.exists() and not at_once and time.time() - path.stat().st_mtime < 10:
+            return
         figure = draw_curves(history, watch)
         with atomic_write(path, "wb") as file:
             figure.savefig(file, format="png", dpi=100)
-    except (Exception, UserError) as error:  # noqa: BLE001, a picture is not worth a run
-        say("note", f"{path} is not drawn: {error}")
-
-
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0
 
 
 def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see below
@@ -707,11 +808,7 @@ def restore(checkpoint: dict, path: Path, parts: dict[str, object], data_facts: 
     _note_what_is_safe(path, checkpoint["history"])
     place = f"after epoch {checkpoint['epoch']}" if checkpoint["history"] else "at its start"
     say("resume", f"{path}, {place}")
-    if (
-        this_process().rank == 0
-        and checkpoint["history"]
-        and not path.with_name("best.pt").exists()
-    ):
+    if is_first() and checkpoint["history"] and not path.with_name("best.pt").exists():
         say("note", "there is no best.pt beside it; one is written at the next best epoch")
 
 
@@ -733,39 +830,70 @@ def best_epoch(history: list[dict], watch: str) -> dict:
 def move_aside(folder: Path) -> None:
     """Moves an earlier run's files, if there are any, into a new folder, and says so: rank 0 does.
 
-    best.pt goes after last.pt, so that no last.pt is left without it.
+    best.pt goes after last.pt, so that no last.pt is left without it. Raises UserError if one of
+    the two cannot be moved.
     """
     files = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if this_process().rank or not files:
+    if not is_first() or not files:
         return
     aside = folder / f"earlier-{datetime.now():%Y%m%d-%H%M%S-%f}"
-    aside.mkdir()
+    try:
+        aside.mkdir()
+        for file in files:
+            if file.name not in EXTRAS:
+                _move(file, aside / file.name, CHECKPOINT_PATIENCE)
+    except OSError as error:
+        raise UserError(
+            f"The earlier run in {folder} cannot be moved to {aside}: {error.strerror or error}. "
+            "Move it yourself, or choose another --checkpoint-dir"
+        ) from error
     for file in files:
-        file.rename(aside / file.name)
+        if file.name in EXTRAS:
+            with _extra(aside / file.name):
+                _move(file, aside / file.name, 0)
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
 def lock_folder(folder: Path) -> object:
-    """Creates a folder and keeps other runs out while the returned file is open: rank 0 does."""
-    if this_process().rank:
+    """Creates a folder and keeps other runs out while the returned file is open: rank 0 does.
+
+    Removes what a run that was killed while it saved has left there. Raises UserError if the folder
+    cannot be written, or another run holds it.
+    """
+    if not is_first():
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115, the caller closes it
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror}. Choose another --checkpoint-dir"
+            f"{folder} cannot be written: {error.strerror or error}. "
+            "Choose another --checkpoint-dir"
         ) from error
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-    return file
+    try:
+        lock = _open_lock(folder / ".lock")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
+        ) from None
+    except OSError as error:  # another user's file, or a file system without locks
+        reason = error.strerror or error
+        say("note", f"{folder} is not locked, so keep other runs out yourself: {reason}")
+        return None
+    for name in RUN_FILES:
+        with suppress(OSError):
+            (folder / f"{name}.tmp").unlink()
+    return lock
+
+
+def _open_lock(path: Path) -> TextIO:
+    """The file to lock, which another user may have made: to read it is enough."""
+    try:
+        return open(path, "a")
+    except PermissionError:
+        return open(path)
 
 
 # ---- messages -----------------------------------------------------------------------------------
@@ -861,7 +989,7 @@ def _note_what_is_safe(path: Path, history: list[dict]) -> None:
     resume = [] if "--resume-if-saved" in flags else ["--resume"]
     saved = f"epoch {history[-1]['epoch']}" if history else "the start"
     _Ending.safe = f"{saved} is safe in {path}"
-    _Ending.command = f"{launcher} {shlex.join(['train.py', *flags, *resume])}"
+    _Ending.command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
 
 
 def _stop(signum: int, frame: object) -> None:

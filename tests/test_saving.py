@@ -165,6 +165,94 @@ def test_signal_at_any_file_operation_of_a_save_waits_for_its_end(
         assert read(saves.folder) == saves.left[-1]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_file_that_another_program_holds_is_tried_again_if_a_run_needs_it(
+    name, saves, monkeypatch, capsys
+):
+    """As a virus scanner does on Windows; how that refuses to replace a file is pretended."""
+    replace, refusals = os.replace, itertools.count(1)
+
+    def refuse_three_times(source: Path, target: Path) -> None:
+        if Path(target).name == name and next(refusals) <= 3:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    write(saves.folder, saves.left[0])
+    monkeypatch.setattr(os, "replace", refuse_three_times)
+    saves.save()
+    held = name == "history.csv"  # an extra, which the next epoch writes again
+    lost = f"note     {saves.folder / name} could not be written: Permission denied\n"
+    assert capsys.readouterr().out == (lost if held else "")
+    for kept, content, new in zip(FILES, read(saves.folder), saves.left[-1]):
+        assert (content == new) == (kept != name or not held)
+    assert not list(saves.folder.glob("*.tmp"))
+
+
+def test_file_that_stays_held_is_an_error_that_says_what_is_safe(saves, monkeypatch):
+    monkeypatch.setattr(utils, "CHECKPOINT_PATIENCE", 0.2)
+    (saves.folder / "last.pt").unlink()
+    (saves.folder / "last.pt").mkdir()  # nor can a file replace a folder
+    with pytest.raises(utils.UserError) as error:
+        saves.save()
+    path = saves.folder / "last.pt"
+    expected = f"{path} could not be written: Is a directory.\nepoch 2 is safe in {path}"
+    assert str(error.value).startswith(expected)
+
+
+@pytest.mark.parametrize("name", utils.EXTRAS)
+def test_extra_that_cannot_be_written_or_moved_ends_no_run(name, saves, monkeypatch, capsys):
+    names = ("learning_rate", "train_loss", "val_loss", "train_accuracy", "val_accuracy")
+    row = {"epoch": 1} | dict.fromkeys(names, 0.5)
+    path = saves.folder / name
+    path.unlink(missing_ok=True)
+    (path / "in it").mkdir(parents=True)
+    saves.save()
+    utils.draw_progress(saves.folder, [row], "loss", at_once=True)
+    assert capsys.readouterr().out == f"note     {path} could not be written: Is a directory\n"
+    replace = os.replace
+
+    def refuse_extras(source: Path, target: Path) -> None:
+        if Path(source).name in utils.EXTRAS:
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_extras)
+    utils.move_aside(saves.folder)
+    (aside,) = saves.folder.glob("earlier-*")
+    assert sorted(os.listdir(aside)) == ["best.pt", "last.pt"]
+    said = f"note     {aside / name} could not be written: Permission denied"
+    assert said in capsys.readouterr().out
+
+
+def test_earlier_run_that_cannot_be_moved_aside_is_an_error(saves, monkeypatch):
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(utils, "CHECKPOINT_PATIENCE", 0.2)
+    with pytest.raises(utils.UserError, match="cannot be moved to .*earlier-.*: Permission denied"):
+        utils.move_aside(saves.folder)
+
+
+def test_lock_that_cannot_be_had_ends_no_run(tmp_path, capsys):
+    (tmp_path / ".lock").mkdir()  # as little a file to write as another user's
+    assert utils.lock_folder(tmp_path) is None
+    assert f"note     {tmp_path} is not locked" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(utils.fcntl is None, reason="needs flock")
+def test_what_a_kill_left_is_removed_by_the_next_run_alone(tmp_path):
+    left, other = tmp_path / "best.pt.tmp", tmp_path / "my.tmp"
+    for path in (left, other):
+        path.write_bytes(b"PK half a file")
+    with utils.lock_folder(tmp_path):
+        assert not left.exists() and other.exists()
+        left.write_bytes(b"PK")  # as it stands while this run saves
+        with pytest.raises(utils.UserError, match="Another run is using"):
+            utils.lock_folder(tmp_path)
+        assert left.exists()
+
+
 def test_resume_refuses_classes_of_other_names(saves):
     last = utils.load_checkpoint(saves.folder / "last.pt")
     with pytest.raises(utils.UserError, match="its classes are not those of the data set"):

@@ -87,7 +87,7 @@ def test_curves_are_redrawn_after_ten_seconds_and_never_fail_a_run(
         assert (path.read_bytes() != b"earlier") == drawn
     monkeypatch.setattr(utils, "draw_curves", None)
     utils.draw_progress(tmp_path, history, "loss", at_once=True)
-    assert capsys.readouterr().out.startswith(f"note     {path} is not drawn: ")
+    assert capsys.readouterr().out.startswith(f"note     {path} could not be written: ")
 
 
 def test_new_run_moves_the_earlier_one_aside_and_differs_with_another_seed(finished_run, tmp_path):

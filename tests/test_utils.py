@@ -1,7 +1,7 @@
 """Flags, early stopping, seeds, precision and how a script ends: what needs no training."""
 
-import ast
 import functools
+import os
 import platform
 import re
 import shlex
@@ -23,6 +23,8 @@ import utils
 SCRIPT = """
 EPOCHS: int = 60  # at most 100 % of them [1, 100]
 RATE = 0.1  # the step [0.0, 1]
+
+# Names; "" for none
 NAME = "a"  # which ["a", "b"]
 PATH = "x"  # a file
 OTHER = "x"  # a file; "" for none
@@ -31,12 +33,6 @@ PATHS = []  # some files
 DEMO = False  # try it
 DEMO_SETTINGS = {"EPOCHS": 2, "RATE": 0.5}
 """
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch):
-    """Most of what a command with a wrong flag takes is to parse the script's constants."""
-    monkeypatch.setattr(ast, "parse", functools.cache(ast.parse))
 
 
 @pytest.fixture
@@ -85,7 +81,7 @@ def test_edited_constant_keeps_its_type(parse, refusal):
 
 
 def test_constant_that_is_no_literal_is_named(parse):
-    with pytest.raises(utils.UserError, match="script.py, line 4: NAME must be a plain number"):
+    with pytest.raises(utils.UserError, match="script.py, line 6: NAME must be a plain number"):
         parse(edit=('"a" ', "os.environ['HOME'] "))
 
 
@@ -104,6 +100,23 @@ def test_help_shows_each_comment_type_and_default(parse, capsys):
     assert "--fast, --no-fast quickly (default: False)" in out
 
 
+def test_help_groups_the_flags_under_the_comments_above_the_constants(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    before, names = capsys.readouterr().out.split('\n\nNames; "" for none:\n')
+    assert "--rate" in before and "--name" not in before
+    assert "--name" in names and "--paths" in names
+
+
+def test_home_folder_is_meant_by_a_tilde_in_flags_and_constants(parse, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")  # its name on Windows
+    edit = 'OTHER = "x"', 'OTHER = "~/y"'
+    args = parse("--path=~/runs", "--paths", "~/a.jpg", "b~.jpg", edit=edit)
+    assert (args.path, args.other) == ("/home/me/runs", "/home/me/y")
+    assert args.paths == ["/home/me/a.jpg", "b~.jpg"]
+
+
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -119,6 +132,16 @@ def test_command_of_some_settings_gives_these_settings(script, flags):
     assert (python, name) == ("python", script)
     assert utils.parse_flags(path, words) == args
     assert len(words) == len(shlex.split(flags))  # and nothing that is a default
+
+
+def test_command_is_quoted_for_the_shell_of_the_system():
+    words = ["python", "train.py", "--dataset", "my photos", "--weights", ""]
+    assert utils.quote_command(words, windows=True) == (
+        'python train.py --dataset "my photos" --weights ""'
+    )
+    assert utils.quote_command(words, windows=False) == (
+        "python train.py --dataset 'my photos' --weights ''"
+    )
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
@@ -268,6 +291,23 @@ def test_a_driver_that_torch_cannot_use_is_not_called_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", old_driver)  # no such GPU to try it on
     with pytest.raises(utils.UserError, match="There is a GPU, but .* driver .* is too old"):
         utils.choose_device("auto")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_torch_without_cuda_beside_an_nvidia_gpu_is_said_once(name, tmp_path, monkeypatch, capsys):
+    """The driver's command is a file of its name, the build is pretended."""
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert utils.choose_device(name).type == "cpu"
+    out = capsys.readouterr().out
+    assert out.count("is built without CUDA and cannot use the NVIDIA GPU") == (name == "auto")
+
+
+def test_gpu_of_a_mac_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.choose_device("auto").type == "cpu"
+    assert "the GPU of this Mac is used with --device mps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
