@@ -639,7 +639,7 @@ def load_initial_network(classifier: Classifier) -> nn.Module:
     with utils.explained_misfit(path, architecture):
         weights = utils.load_safely(path, zip_only=False)
         model = resnet.build_model(architecture, len(classifier.classes))
-        resnet.load_pretrained(model, weights.get("model", weights), with_head=False)
+        resnet.load_pretrained(model, resnet.unwrap_weights(weights), with_head=False)
     return model.to(classifier.device, memory_format=data.memory_format(classifier.device))
 
 

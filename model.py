@@ -13,6 +13,9 @@ from tqdm import tqdm
 # What ARCHITECTURE of train.py can be: ResNet, ResNeXt and Wide ResNet
 ARCHITECTURES = list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
 
+WRAPPINGS = ("state_dict", "model_state_dict", "model")  # under which checkpoints hold the weights
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
+
 
 class WeightsError(SystemExit):
     """Weights cannot be downloaded. Uncaught: its message on stderr, exit status 1."""
@@ -48,17 +51,25 @@ def weight_names(architecture: str) -> list[str]:
     return list(get_model_weights(architecture).__members__)
 
 
-def download_weights(architecture: str, name: str) -> dict[str, Tensor]:
-    """torchvision's state_dict of that name, downloaded, its hash checked. Raises WeightsError."""
-    weights = get_model_weights(architecture)[name]
+def download_weights(architecture: str, name: str) -> Path:
+    """The file of torchvision's weights of that name, downloaded if it is missing, its hash checked.
+
+    Raises WeightsError.
+    """
+    weights, path = get_model_weights(architecture)[name], find_weights(architecture, name)
+    if path.is_file():
+        return path
     try:
-        return weights.get_state_dict(check_hash=True, weights_only=True)
+        if path.parts[0] == "~":
+            raise OSError("there is no home folder to store them in. Set HOME, or TORCH_HOME")
+        weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:
         raise WeightsError(
             f"Weights {name} could not be downloaded: {error}\n"
             f"Download {weights.url} elsewhere and pass its path, "
             'or train from scratch with --weights ""'
         ) from error
+    return path
 
 
 def find_weights(architecture: str, name: str) -> Path:
@@ -67,6 +78,49 @@ def find_weights(architecture: str, name: str) -> Path:
         return Path(name)
     url = get_model_weights(architecture)[name].url
     return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+
+def unwrap_weights(loaded: object) -> dict[str, Tensor]:
+    """The state_dict in what torch.load() returned, without the prefixes that wrappers add.
+
+    Raises ValueError if there is none.
+    """
+    for key in WRAPPINGS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError(f"it holds {type(loaded).__name__}, not tensors by their names")
+    weights = {}
+    for name, tensor in loaded.items():
+        if not (isinstance(name, str) and torch.is_tensor(tensor)):
+            raise ValueError(f"its entry {name!r} is {type(tensor).__name__}, not a tensor")
+        while name.startswith(PREFIXES):
+            name = name.partition(".")[2]
+        weights[name] = tensor
+    return weights
+
+
+def explain_unreadable(path: Path, error: Exception) -> str | None:
+    """What a file is that raised an error; None if the error says it better."""
+    if isinstance(error, OSError):
+        return None
+    with open(path, "rb") as file:
+        start = file.read(100).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself. Run git lfs pull"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page. Download the file itself"
+    if path.suffix == ".safetensors":
+        return (
+            "it is a safetensors file. Convert it: "
+            "torch.save(safetensors.torch.load_file(path), new_path)"
+        )
+    if not isinstance(error, ValueError):  # torch.load() raises errors of many types
+        return (
+            "it is damaged, or holds more than tensors, such as a whole model. "
+            "Expected what torch.save(model.state_dict(), path) writes"
+        )
+    return None
 
 
 def load_pretrained(model: nn.Module, weights: dict[str, Tensor], with_head: bool) -> None:

@@ -817,21 +817,21 @@ def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
     require_weights(args)
     if not args.weights:
         return
+    path, advice = Path(args.weights), ""
     if args.weights in resnet.weight_names(args.architecture):
-        weights, own_classes = resnet.download_weights(args.architecture, args.weights), []
-    else:
-        try:
-            weights = utils.load_safely(args.weights, zip_only=False)
-            own_classes = weights.get("classes", [])
-            weights = weights["model"] if own_classes else weights
-            utils.require_sound(weights)
-        except Exception as error:
-            reason = utils.reason_of(error)
-            raise utils.UserError(
-                f"{args.weights} is not a state_dict file that can be used: {reason}"
-            ) from error
-    with utils.explained_misfit(args.weights, args.architecture):
-        resnet.load_pretrained(model, weights, with_head=own_classes == classes)
+        path = resnet.download_weights(args.architecture, args.weights)
+        advice = ". Delete it: it will be downloaded again"
+    try:
+        loaded = utils.load_safely(path, zip_only=False)
+        weights = resnet.unwrap_weights(loaded)
+        utils.require_sound(weights)
+    except Exception as error:
+        reason = resnet.explain_unreadable(path, error) or utils.reason_of(error)
+        raise utils.UserError(
+            f"{path} is not a state_dict file that can be used: {reason}{advice}"
+        ) from error
+    with utils.explained_misfit(path, args.architecture):
+        resnet.load_pretrained(model, weights, with_head=loaded.get("classes") == classes)
 
 
 def check_combinations(args: Namespace, world_size: int) -> None:

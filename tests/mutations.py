@@ -87,7 +87,8 @@ FAULTS = [
     ("data.py", "size, base = settings.stored_size or 32,", "size, base = 32,", FOLDER),
     ("model.py", "check_hash=True", "check_hash=False", CHECK + " -k torchvision_weights"),
     ("model.py", "    if not with_head:", "    if False:", "tests/test_model.py"),
-    ("model.py", "get_model_weights(architecture)[name]\n    try:", "get_model_weights(architecture).DEFAULT\n    try:", CHECK + " -k torchvision_weights"),
+    ("model.py", "weights, path = get_model_weights(architecture)[name],", "weights, path = get_model_weights(architecture).DEFAULT,", CHECK + " -k torchvision_weights"),
+    ("model.py", '"_orig_mod.", "model.")', '"model.")', "tests/test_model.py"),
     # the command itself
     ("train.py", "import model as resnet\n", "import matplotlib\nimport model as resnet\n", "tests/test_readme.py"),
     ("train.py", 'return run.optimizer.param_groups[0]["lr"]', "return args.learning_rate", TRAIN),

@@ -85,6 +85,76 @@ def test_weights_that_do_not_fit_or_are_damaged_are_one_message(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_weights_are_found_within_what_checkpoints_wrap_them_in(tmp_path):
+    state, path = resnet18().state_dict(), tmp_path / "weights.pth"
+    parallel = {f"module.{name}": x for name, x in state.items()}
+    compiled = {f"module._orig_mod.{name}": x for name, x in state.items()}
+    lightning = {f"model.{name}": x for name, x in state.items()}
+    for content in (
+        {"state_dict": parallel, "epoch": 90, "arch": "resnet18", "best_acc1": 69.8},
+        {"model": state, "optimizer": {"state": {}}, "epoch": 3},
+        {"model_state_dict": compiled, "loss": 0.1},
+        {"state_dict": lightning, "pytorch-lightning_version": "2.0.0"},
+        parallel,
+    ):
+        torch.save(content, path)
+        ours = load(path).state_dict()
+        for name, tensor in state.items():
+            assert name.startswith("fc.") or torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d",
+            "a Git LFS pointer",
+        ),
+        ("a.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "a safetensors file. Convert it: "),
+        ("a.pth", b"\n<!DOCTYPE html><html>Sign in</html>", "a web page. Download the file itself"),
+        ("a.pth", nn.Linear(1, 1), "more than tensors, such as a whole model. Expected what"),
+        ("a.pth", b"text", "it is damaged, or holds more than tensors"),
+        ("a.pth", {"epoch": 3, "net": {}}, "its entry 'epoch' is int, not a tensor"),
+        ("a.pth", [torch.zeros(3)], "it holds list, not tensors by their names"),
+        ("a.pth", {"state_dict": {}}, "it holds dict, not tensors by their names"),
+        ("a.pth", torch.zeros(3), "it holds Tensor, not tensors by their names"),
+    ],
+)
+def test_file_that_is_no_state_dict_is_explained_in_our_own_words(name, content, message, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(utils.UserError, match=message) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path} is not a state_dict file that can be used: ")
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_damaged_download_is_named_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = resnet.find_weights("resnet18", "IMAGENET1K_V1")
+    file.parent.mkdir(parents=True)
+    torch.save(resnet18().state_dict(), file)
+    file.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(utils.UserError, match="Delete it: it will be downloaded") as error:
+        load("IMAGENET1K_V1")
+    assert str(error.value).startswith(f"{file} is not a state_dict file")
+
+
+def test_download_without_a_home_folder_says_so_and_makes_none(tmp_path, monkeypatch):
+    """As in a container that runs as a user whom the system does not know."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError
+    with pytest.raises(resnet.WeightsError, match="no home folder to store them in. Set HOME, or"):
+        load("IMAGENET1K_V1")
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_are_neither_name_nor_file_are_refused():
     with pytest.raises(utils.UserError, match="IMAGENET1K_V9 not found. Expected IMAGENET1K_V1"):
         load("IMAGENET1K_V9")
