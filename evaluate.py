@@ -158,24 +158,32 @@ class Result:
 
 
 def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, Result]:
-    """The images, those of a folder's val/ or held out from its train/, and their true classes.
+    """The images, of a folder those of test/, else val/, else held out, and their true classes.
 
     Raises UserError if they cannot be told from those trained on.
     """
     name, classes = args.dataset or classifier.constants["dataset"], classifier.classes
-    holdout_per_class, kind = classifier.constants["holdout_per_class"], "test images"
-    held_out = holdout_per_class > 0 and not data.has_test_images(name)
-    if held_out:
-        kind = "hold-out images, because there is no val/"
-    split, dataset = read_part(classifier, args, "holdout" if held_out else "val")
+    held_out = classifier.constants["holdout_per_class"] > 0
+    part = data.find_test_part(name)
+    if part == "holdout" and not held_out:
+        part = "val"  # which is missed by its name
+    split, dataset = read_part(classifier, args, part)
+    kind = "test images"
+    if part == "holdout":
+        kind = "hold-out images, because there is no test/ or val/"
+    elif name not in data.BUILT_IN:
+        kind = f"images of {Path(name, part)}"
     utils.say("data", f"{name}: {len(split.labels):,} {kind}")
-    others = dataset != classifier.checkpoint.get("validation", dataset)
-    selected = held_out or not (holdout_per_class or others)
-    note = "these images were used neither to train nor to select the checkpoint"
-    if selected:
+    validated = dataset == classifier.checkpoint.get("validation", dataset)
+    if part == "holdout" or (validated and not held_out):
+        selected = True
         note = "the checkpoint was selected on these images: the numbers are optimistic"
-    elif others and not holdout_per_class:
+    elif part == "val" and not held_out:
+        selected = False
         note = "these are not the images that selected the checkpoint"
+    else:
+        selected = False
+        note = "these images were used neither to train nor to select the checkpoint"
     utils.say("note", note)
     labels, facts = split.labels.numpy(), {"images": len(split.labels), "dataset": dataset}
     facts["test_images_chose_checkpoint"] = selected
@@ -183,23 +191,25 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Spli
 
 
 def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.Split, str]:
-    """The images of a part, "train", "holdout" or "val", and which they are: data.identify().
+    """The images of "train", "holdout", "val" or "test", and which they are: data.identify().
 
     Downloads what is missing. Raises UserError if they are not those of the checkpoint.
     """
     settings, checkpoint = Namespace(**classifier.constants), classifier.checkpoint
     settings.dataset, settings.data_dir = args.dataset or settings.dataset, args.data_dir
     data.fetch(settings)
-    where = "test" if part == "val" else "train"
-    found, classes = data.find_images(settings, where, classifier.classes)
-    if part != "val" and classes == classifier.classes:
-        if isinstance(found, data.Split):
-            found = found.named()  # after their places in the official files
-        found = data.split_images(found, classes, settings)[part == "holdout"]
-    split = data.load(found, part, settings)
+    source = "train" if part == "holdout" else part
+    split, classes = data.read_images(settings, source, classifier.classes)
+    if source == "train" and classes == classifier.classes:
+        split = split.named()  # after their places in the official files
+        train, holdout = data.split_images(split, classes, settings)
+        split = train if part == "train" else holdout
+    split = data.leave_out_undecoded(split, settings)
     dataset = data.identify(settings, split)
-    expected = checkpoint.get("dataset" if part == "train" else "validation", dataset)
-    if classes != classifier.classes or (part != "val" and dataset != expected):
+    expected = dataset
+    if source == "train":
+        expected = checkpoint.get("dataset" if part == "train" else "validation", dataset)
+    if classes != classifier.classes or dataset != expected:
         raise utils.UserError(
             f"{settings.dataset} is not what {classifier.path} was trained on: "
             f"{checkpoint['dataset']}, {len(classifier.classes)} classes"
@@ -601,7 +611,7 @@ def check_data(
         for part, split in (("test", test), ("training", train))
         for name, label in zip(split.files, split.labels.tolist())
     ]
-    groups = data.find_identical(test.images, train.images)
+    groups = data.find_identical(test, train)
     identical = [[named[number] for number in group] for group in groups]
     return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
 

@@ -550,7 +550,7 @@ def compute_features(
     order = torch.randperm(len(loader.labels), generator=generator)
     padding = order[: -len(order) % loader.world_size]  # as many images for each process
     share = torch.cat([order, padding])[loader.rank :: loader.world_size]
-    share = share.to(loader.images.device)
+    share = loader.rows[share.to(loader.rows.device)]
     sizes = args.val_batch_size, args.image_size
     images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation, end)
     features = resnet.extract_features(run.model, images, run.dtype, utils.is_first())
@@ -748,7 +748,15 @@ def read_data(args: Namespace, this: utils.Processes) -> tuple[data.Split, data.
     if not args.holdout_per_class:
         count = max(1, min(50, train_split.labels.bincount().min().item() // 5))
         advice = f"--holdout-per-class {count} selects on held-out training images instead"
-        utils.say("note", f"best.pt is selected on {data.name_test_images(args.dataset)}; {advice}")
+        images = "the test images"
+        if args.dataset not in data.BUILT_IN:
+            images = Path(args.dataset, "val")
+        if data.find_test_part(args.dataset) == "test":
+            advice = f"evaluate.py measures on {Path(args.dataset, 'test')}"
+        utils.say("note", f"best.pt is selected on {images}; {advice}")
+    if args.dataset in data.BUILT_IN and Path(args.dataset, "train").is_dir():
+        advice = f"the folder {args.dataset}/ is --dataset ./{args.dataset}"
+        utils.say("note", f"--dataset {args.dataset} is the built-in data set; {advice}")
     if this.rank == 0 and args.dataset not in data.BUILT_IN:
         warn_of_copies(train_split, val_split)
     return train_split, val_split, facts
@@ -771,14 +779,14 @@ def make_loaders(
     train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
     val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
     sizes, mode = (args.val_batch_size, args.image_size), args.interpolation
-    val_loader = data.EvalLoader(val_split.images, *sizes, device, mode=mode)
+    val_loader = data.EvalLoader(val_split.stored, *sizes, device, val_split.rows, mode)
     return train_loader, val_loader, val_split.labels
 
 
 def warn_of_copies(train_split: data.Split, val_split: data.Split) -> None:
     """Names the first validation picture that has the pixels of a training picture, if any has."""
     count, files = len(train_split.labels), [*train_split.files, *val_split.files]
-    groups = data.find_identical(train_split.images, val_split.images)
+    groups = data.find_identical(train_split, val_split)
     across = [group for group in groups if group[0] < count <= group[-1]]
     if across:
         copies = sum(index >= count for group in across for index in group)

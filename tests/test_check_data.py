@@ -86,8 +86,11 @@ def test_equal_images_are_grouped_over_all_parts():
     digits = data.read_digits("test")[0].images[:6]
     others = torch.stack([digits[4], digits[0].flip(2), digits[4]])
     darker = digits[1:2] - (digits[1:2] > 200).byte()  # by one in 255
-    assert data.find_identical(digits, others, digits[2:3], darker) == [[2, 9], [4, 6, 8]]
-    assert data.find_identical(digits) == []
+    parts = [data.Split(x, torch.zeros(len(x))) for x in (digits, others, digits[2:3], darker)]
+    assert data.find_identical(*parts) == [[2, 9], [4, 6, 8]]
+    assert data.find_identical(parts[0]) == []
+    collisions = [part._replace(checksums=[7] * len(part.labels)) for part in parts]
+    assert data.find_identical(*collisions) == [[2, 9], [4, 6, 8]]
 
 
 @pytest.mark.parametrize("block", [1, 7, 60, 4096])
@@ -278,9 +281,9 @@ def test_planted_wrong_labels_come_first(planted):
 
 def test_every_name_is_that_of_its_picture(planted):
     """Whatever it is; a picture that cannot be read comes before all others."""
-    listing, _ = data.list_pictures(planted.folder / "photos/val")
     place = settings(stored_size=32, data_dir=str(planted.folder / "data"))
-    split = data.load(listing, "val", place)
+    split, _ = data.read_folder(planted.folder / "photos/val", place)
+    split = data.leave_out_undecoded(split, place)
     rows = planted.table("results/predictions.csv")
     assert rows.file.tolist() == list(split.files) and len(rows) == 200
     assert (rows.label == rows.file.str.split("/").str[1]).all()
@@ -359,7 +362,7 @@ def test_images_checked_are_those_trained_on_by_their_official_index(classifier)
     assert torch.equal(split.images, trained.images) and torch.equal(split.labels, trained.labels)
     official, _ = data.read_digits("train")
     assert torch.equal(official.images[[int(name) for name in split.files]], split.images)
-    assert not data.find_identical(held_out.images, split.images)
+    assert not data.find_identical(held_out, split)
 
 
 def test_pictures_show_the_pairs_and_the_suspects(classifier, tmp_path, rendered):

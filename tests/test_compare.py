@@ -129,7 +129,7 @@ def test_interval_holds_the_truth_in_94_to_96_percent_of_1000_comparisons(seeds,
 def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
     """Two networks, their last layers fitted to 60 and to 300 digits by least squares."""
     folder, state = tmp_path_factory.mktemp("fitted"), load(finished_run / "demo/best.pt")
-    model, (images, labels, _) = resnet.build_model("resnet18", 10), data.read_digits("train")[0]
+    model, (images, labels, *_) = resnet.build_model("resnet18", 10), data.read_digits("train")[0]
     model.load_state_dict(state["model"])
     features = resnet.extract_features(model, data.EvalLoader(images[:300], 100, 32), torch.float32)
     with torch.inference_mode():

@@ -1,6 +1,8 @@
 """The input pipeline, held to torchvision.transforms.v2 and to the official files."""
 
+import hashlib
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp  # scikit-learn brings scipy
 from scripts import AUGMENTATION, settings
+from torchvision.datasets import CIFAR100
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -210,14 +213,38 @@ def test_val_loader_never_shuffles_and_shows_every_image_once():
     assert torch.equal(batches[10:], batches[[9, 9]])  # every batch has the same shape
 
 
+def test_loaders_show_the_images_of_a_selection_without_copying_it():
+    whole, chosen = numbered(50), torch.arange(49, 6, -3)
+    split = whole.select(whole.labels > 3).select(chosen - 4)
+    assert split.stored is whole.stored and torch.equal(split.labels, chosen)
+    expected = functional.normalize(whole.stored / 255, MEAN, STD)
+    for images, labels in data.TrainLoader(split, settings(batch_size=8)).epoch(1):
+        torch.testing.assert_close(images, expected[labels], rtol=0, atol=1e-5)
+        assert len({*labels.tolist()} & {*chosen.tolist()}) == 8
+    batches = torch.cat(list(data.EvalLoader(split.stored, 4, 32, rows=split.rows)))
+    torch.testing.assert_close(batches[: len(chosen)], expected[chosen], rtol=0, atol=1e-5)
+    assert torch.equal(split.images, whole.images[chosen])
+    assert torch.equal(split.image(2), whole.image(43))
+    assert split.select(slice(5, 6)).images.equal(whole.images[[34]])
+
+
+def test_on_a_device_there_are_only_the_images_of_a_selection():
+    device = torch.device("meta")
+    for split, count in ((numbered(50), 50), (numbered(5000).select(slice(7, 3000)), 2993)):
+        placed = split.to(device)
+        assert placed.stored.shape == (count, 3, 32, 32) and placed.rows is None
+        assert {placed.stored.device, placed.labels.device} == {device}
+
+
 def test_processes_validate_on_every_image_once_with_its_label():
     args, shares = settings(dataset="digits", batch_size=60), []
     for rank in range(3):
         place = utils.Processes(rank=rank, world_size=3)
         train_split, val_split, _ = train.read_data(args, place)
         _, loader, labels = train.make_loaders(args, place, CPU, train_split, val_split)
-        assert loader.batch_size == len(labels) == len(loader.images) == 120
-        shares += [(x.numpy().tobytes(), label) for x, label in zip(loader.images, labels.tolist())]
+        assert loader.batch_size == len(labels) == len(loader.rows) == 120
+        images = loader.images[loader.rows]
+        shares += [(x.numpy().tobytes(), label) for x, label in zip(images, labels.tolist())]
     test, _ = data.read_digits("test")
     everything = [
         (x.numpy().tobytes(), label) for x, label in zip(test.images, test.labels.tolist())
@@ -262,6 +289,38 @@ def test_official_files_are_read_whole(cifar100_dir):
     assert list(data.SUPERCLASSES) == coarse
     for fine_label, coarse_label in zip(test_file["fine_labels"], test_file["coarse_labels"]):
         assert classes[fine_label] in data.SUPERCLASSES[coarse[coarse_label]]
+
+
+def test_data_dir_may_be_the_folder_of_the_official_files_itself(cifar100_dir, monkeypatch):
+    monkeypatch.setattr(data, "URLS", [])
+    folder = str(Path(cifar100_dir, "cifar-100-python"))
+    data.fetch_cifar100(folder)
+    (ours, _), (expected, _) = (data.read_cifar100(x, "test") for x in (folder, cifar100_dir))
+    assert torch.equal(ours.images, expected.images) and torch.equal(ours.labels, expected.labels)
+
+
+def test_official_archive_in_data_dir_is_unpacked_without_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "URLS", ["http://127.0.0.1:9/nothing-listens-here"])
+    sums = {}
+    for name in ("train", "test", "meta"):
+        (tmp_path / name).write_text(f"the file {name}")
+        sums[name] = hashlib.md5((tmp_path / name).read_bytes()).hexdigest()
+    archive = tmp_path / "data/cifar-100-python.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as packed:
+        for name in sums:
+            packed.add(tmp_path / name, f"cifar-100-python/{name}")
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    with pytest.raises(data.DataError, match=f"{archive} is damaged: its md5 is not the official"):
+        data.fetch_cifar100(str(archive.parent))
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    data.fetch_cifar100(str(archive.parent))
+    for name in sums:
+        unpacked = archive.parent / "cifar-100-python" / name
+        assert unpacked.read_bytes() == (tmp_path / name).read_bytes()
+    assert sorted(x.name for x in archive.parent.iterdir()) == ["cifar-100-python", archive.name]
 
 
 def test_superclass_table_names_100_classes_once():

@@ -38,7 +38,8 @@ def checkpoint(finished_run, tmp_path_factory):
     model.load_state_dict(state["model"])
     for module in model.modules():
         module.momentum = 1.0  # batch norm takes the statistics of the next batch
-    images, labels, _ = data.read_digits("train")[0].select(slice(300))
+    digits, _ = data.read_digits("train")
+    images, labels = digits.images[:300], digits.labels[:300]
     loader = data.EvalLoader(images, 300, 32)
     with torch.no_grad():
         model.train()(*loader)

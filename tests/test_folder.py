@@ -1,15 +1,19 @@
 """A folder of pictures in place of CIFAR-100: how it is read, trained on, evaluated and refused."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
+import warnings
+import zlib
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scripts import TINY, read_json, read_rows, settings
 from torchvision.transforms.v2 import functional
 
@@ -48,9 +52,9 @@ def photos(digits, tmp_path, monkeypatch) -> Path:
 
 
 def read(folder: Path, size: int = 32, **changed) -> tuple[data.Split, list[str]]:
-    listing, classes = data.list_pictures(folder)
     place = settings(stored_size=size, data_dir=str(folder.parent / "decoded"), **changed)
-    return data.load(listing, "val", place), classes
+    split, classes = data.read_folder(folder, place)
+    return data.leave_out_undecoded(split, place), classes
 
 
 def read_splits(folder: Path, **changed) -> tuple[data.Split, data.Split, dict]:
@@ -166,7 +170,7 @@ def test_whole_pictures_are_padded_to_squares(photos):
 
 
 def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
-    """Also after a copy to another place, after damage, and for every part and size once."""
+    """Also after damage; once for every part and size, whatever is selected of them."""
 
     def count(**changed) -> int:
         with patch.object(data, "read_picture", wraps=data.read_picture) as read_picture:
@@ -178,14 +182,14 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
 
     assert count() == 36 and count() == 0
     assert count(stored_size=24) == 36 and count() == 0
-    assert count(train_per_class=2) == 4 and count(holdout_per_class=2, train_per_class=3) == 10
+    assert count(train_per_class=2) == count(holdout_per_class=2, train_per_class=3) == 0
     folder = Path("data/decoded")
     files = sorted(folder.iterdir())
-    assert len(files) == 2 * 7 and {path.suffix for path in files} == {".bin", ".json"}
+    assert len(files) == 2 * 4 and {path.suffix for path in files} == {".bin", ".json"}
 
     os.utime(photos / "train/one/00000.png")  # another time
     assert count() == 24 and sorted(folder.iterdir()) != files
-    assert len(list(folder.iterdir())) == 2 * 7  # the outdated file is gone
+    assert len(list(folder.iterdir())) == 2 * 4  # the outdated file is gone
     shutil.copy(photos / "val/one/00000.png", photos / "val/one/new.png")
     assert count() == 13
     path = max(folder.glob("photos-val-32px*.bin"), key=lambda path: path.stat().st_size)
@@ -193,9 +197,106 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     for damage in (decoded[:1000] + b"other" + decoded[1005:], decoded[:1000]):
         path.write_bytes(damage)
         assert count() == 13
-    path.with_suffix(".json").write_text("{")
-    assert count() == 13
+    about = path.with_suffix(".json")
+    written = json.loads(about.read_text())
+    written["checksums"][3] += 1
+    for text in ("{", "[]", "{}", "7", '{"hash": 0}', json.dumps(written)):
+        about.write_text(text)
+        assert count() == 13, text
     assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
+
+
+def test_a_selection_copies_and_decodes_nothing(photos):
+    """Images lie in the decoded file of their part, whatever is chosen of them."""
+    for changed in ({}, {"train_per_class": 3}, {"holdout_per_class": 2}):
+        for split in read_splits(photos, **changed)[:2]:
+            assert len(split.stored) == {"train": 24, "val": 12}[split.files[0].split("/")[0]]
+            whole = len(split.labels) == len(split.stored)
+            assert whole == (split.images.data_ptr() == split.stored.data_ptr())
+
+
+def test_decoded_pictures_are_not_read_to_start(photos, monkeypatch):
+    """Neither to identify them nor to find copies, unless two have one checksum."""
+    facts = read_splits(photos)[2]
+    path = next(Path("data/decoded").glob("photos-train-32px*.bin"))
+    times = path.stat()
+    path.write_bytes(bytes(times.st_size))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    train_split, val_split, same_facts = read_splits(photos)
+    assert not train_split.images.any() and same_facts == facts
+    assert data.find_identical(train_split, val_split) == []
+
+
+def test_pictures_have_the_identity_that_earlier_versions_gave_them(photos):
+    """The crc32 of all pixels after that of the labels, as stored in checkpoints and results."""
+    (photos / "train/one/00003.png").write_bytes(b"no picture")
+    for changed in ({}, {"train_per_class": 5}, {"holdout_per_class": 3}):
+        *splits, facts = read_splits(photos, **changed)
+        for split, name in zip(splits, ("dataset", "validation")):
+            checksum = zlib.crc32(split.labels.numpy())
+            for file in split.files:
+                checksum = zlib.crc32(
+                    data.read_picture(photos / file, 32).contiguous().numpy(), checksum
+                )
+            assert facts[name] == f"{len(split.files)} pictures, crc32 {checksum:08x}"
+
+
+def test_picture_that_cannot_be_decoded_does_not_change_what_is_held_out(photos):
+    held_out = read_splits(photos, holdout_per_class=3)[1].files
+    (photos / held_out[0]).write_bytes(b"no picture")
+    assert read_splits(photos, holdout_per_class=3)[1].files == held_out[1:]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_one_waited_for(photos, capsys):
+    folder, other = Path("data/decoded"), Path("data/.download-left")
+    for left in (folder / ".decoding-left", other):
+        left.mkdir(parents=True)
+        (left / "large.bin").write_bytes(bytes(1000))
+    with data.scratch_folder(folder, "decoding") as running:
+        wait = """
+import data, sys
+from pathlib import Path
+with data.scratch_folder(Path("data/decoded"), "decoding"):
+    assert not Path(sys.argv[1]).exists()
+"""
+        command = [sys.executable, "-c", wait, str(running)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert "waiting  another process is writing into data/dec" in process.stderr.readline()
+        assert process.poll() is None
+    assert process.wait() == 0
+    read_splits(photos)
+    assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"} and other.exists()
+    with data.scratch_folder(Path("data"), "download"):
+        assert not other.exists()
+
+
+def test_nothing_is_renamed_or_removed_while_it_is_mapped(photos, monkeypatch):
+    """As Windows forbids."""
+
+    def is_mapped(path: Path) -> bool:
+        return path.name in Path("/proc/self/maps").read_text()
+
+    def replace(self, target, real=Path.replace):
+        assert not is_mapped(self)
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    splits = read_splits(photos)
+    assert is_mapped(next(Path("data/decoded").glob("photos-val*.bin"))) and splits
+
+
+def test_decoding_needs_no_semaphores(photos):
+    """Without /dev/shm, multiprocessing cannot make any."""
+    no_semaphores = patch("_multiprocessing.SemLock", side_effect=FileNotFoundError(2, "shm"))
+    with no_semaphores:
+        assert len(read_splits(photos)[0].labels) == 24
+
+
+def test_outdated_file_that_cannot_be_removed_does_not_end_a_run(photos):
+    read_splits(photos)
+    os.utime(photos / "train/one/00000.png")
+    with patch.object(Path, "unlink", side_effect=PermissionError(1, "another user's")):
+        assert len(read_splits(photos)[0].labels) == 24
 
 
 def test_decoding_that_fails_leaves_nothing(photos):
@@ -216,6 +317,77 @@ def test_class_without_pictures_in_val_is_not_validated_and_keeps_its_number(pho
         _, val_split, facts = read_splits(photos)
         assert facts["classes"] == ["one", "zero"] and val_split.labels.tolist() == [1] * 6
         (photos / "val/one").mkdir(exist_ok=True)
+
+
+def test_names_that_differ_in_how_accents_are_stored_are_one_class(photos):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (photos / "train/one").rename(photos / "train" / composed)
+    (photos / "val/one").rename(photos / "val" / decomposed)
+    _, val_split, facts = read_splits(photos)
+    assert facts["classes"] == [composed, "zero"]
+    assert val_split.labels.bincount().tolist() == [6, 6]
+    (photos / "train/zero").rename(photos / "train" / decomposed)
+    with pytest.raises(data.DataError, match="Class cafe\u0301 has 0 training images"):
+        read_splits(photos)
+
+
+def test_picture_is_upright_whatever_else_its_exif_data_holds(tmp_path):
+    """As every orientation would have it, also beside a field of a wrong type."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    upright = Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        upright.save(tmp_path / "plain.jpg", exif=exif, quality=95)
+        with Image.open(tmp_path / "plain.jpg") as image:
+            expected = ImageOps.exif_transpose(image).resize((24, 24), Image.Resampling.BICUBIC)
+        exif[0x011A] = 72.0  # resolution, a fraction
+        block = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")  # now a text
+        assert block != exif.tobytes()
+        upright.save(tmp_path / "wrong.jpg", exif=block, quality=95)
+        ours = [data.read_picture(tmp_path / f"{name}.jpg", 24) for name in ("plain", "wrong")]
+        assert torch.equal(*ours)
+        assert torch.equal(ours[0], functional.pil_to_tensor(expected))
+    upright.save(tmp_path / "none.jpg", exif=b"Exif\x00\x00no such data")
+    assert data.read_picture(tmp_path / "none.jpg", 24).shape == (3, 24, 24)
+
+
+def test_huge_jpeg_is_read_and_another_huge_picture_is_named(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    huge = Image.new("1", (16_400, 12_300))
+    huge.convert("L").save(tmp_path / "photos/a/200.jpg")
+    huge.save(tmp_path / "photos/a/200.png")
+    huge.crop((0, 0, 12_000, 9_000)).save(tmp_path / "photos/b/108.png")
+    del huge
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split, _ = read(tmp_path / "photos")
+    assert split.files == ["photos/a/200.jpg", "photos/b/108.png"]
+    reason = "16,400 x 12,300 pixels are more than 178,956,970. Make it smaller"
+    assert capsys.readouterr().err == f"skipped  {tmp_path}/photos/a/200.png: {reason}\n"
+
+
+def test_heic_pictures_are_read_where_pillow_heif_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, 32:] = 200
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.HEIC")
+    split, _ = read(tmp_path)
+    assert split.images[..., 20:].min() > 180 and split.images[..., :12].max() < 20
+
+
+def test_heic_pictures_are_counted_where_it_is_not_installed(tmp_path):
+    if ".heic" in Image.registered_extensions():
+        pytest.skip("pillow-heif is installed")
+    for path in ("a/1.HEIC", "a/2.HEIC", "a/notes.txt", "b/1.heic"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    counts = "a has no picture: files that are not pictures: 2 .HEIC, 1 .txt. With the package pill"
+    with pytest.raises(data.DataError, match=counts):
+        read(tmp_path)
 
 
 def test_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path):
@@ -271,7 +443,7 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, capsys):
 
     photos.rename("moved")
     flags = [*EVALUATE, "--tta"]
-    assert_refused(evaluate, flags, "^photos/val: No such file or directory")
+    assert_refused(evaluate, flags, "^photos/val not found. If its parent .*see --dataset")
     evaluate.main([*flags, "--dataset", "moved", "--results-dir", "before"])
     said = capsys.readouterr().out
     assert "top-1" in said and "top-5" not in said
@@ -299,6 +471,52 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, capsys):
     assert_refused(train, [*TRAIN, "3", *flags], "it was validated on other images: 12 pictures")
 
 
+def test_test_images_of_a_folder_are_for_evaluate_alone(photos, capsys):
+    shutil.copytree(photos / "val", photos / "test")
+    for path in (photos / "test/one").iterdir():
+        path.unlink()
+    train.main([*TRAIN, "1", "--dataset", "photos", "--holdout-per-class", "0"])
+    said = capsys.readouterr().out
+    assert "best.pt is selected on photos/val; evaluate.py measures on photos/test" in said
+    evaluate.main(EVALUATE)
+    said = capsys.readouterr().out
+    assert "photos: 6 images of photos/test" in said
+    assert "were used neither to train nor to select the checkpoint" in said
+    assert {row["file"].split("/")[0] for row in read_rows("results/predictions.csv")} == {"test"}
+    assert read_json("results/metrics.json")["test_images_chose_checkpoint"] is False
+
+    for path in (photos / "val/one").iterdir():
+        shutil.copy(path, photos / "test/one")
+    evaluate.main(EVALUATE)  # those of val/ by another name
+    assert "the checkpoint was selected on these images" in capsys.readouterr().out
+    shutil.rmtree(photos / "test/one")
+    (photos / "test/zero").rename(photos / "test/unsorted")
+    assert_refused(evaluate, EVALUATE, "'unsorted' is not one of the 2 classes")
+    for path in (photos / "test/unsorted").iterdir():
+        path.rename(photos / "test" / path.name)
+    (photos / "test/unsorted").rmdir()  # pictures without labels, as competitions have them
+    evaluate.main(EVALUATE)
+    assert "photos: 12 images of photos/val" in capsys.readouterr().out
+
+
+def test_folder_called_as_a_built_in_data_set_is_told_how_to_use_it(photos, capsys):
+    photos.rename("digits")
+    train.main([*TINY, "--epochs", "1"])
+    note = "--dataset digits is the built-in data set; the folder digits/ is --dataset ./digits"
+    assert note in capsys.readouterr().out
+    train.main([*TRAIN, "1", "--dataset", "./digits"])
+    assert "./digits: 8 training and 4 validation images, 2 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_part_that_is_named_in_place_of_its_folder_is_one_message(name, photos, monkeypatch):
+    with pytest.raises(data.DataError, match="train not found. Its parent .*: --dataset photos$"):
+        read_splits(Path("photos", name))
+    monkeypatch.chdir(photos / name)
+    with pytest.raises(data.DataError, match="train not found. Its parent .*: --dataset ..$"):
+        read_splits(Path("."))
+
+
 def test_run_without_val_goes_on_and_is_evaluated_with_its_own_hold_out_alone(photos, capsys):
     shutil.rmtree(photos / "val")
     flags = ["--holdout-per-class", "3", "--dataset"]
@@ -306,7 +524,7 @@ def test_run_without_val_goes_on_and_is_evaluated_with_its_own_hold_out_alone(ph
     assert "8 training and 6 validation images" in capsys.readouterr().out
     evaluate.main(EVALUATE)
     said = capsys.readouterr().out
-    assert "photos: 6 hold-out images, because there is no val/" in said
+    assert "photos: 6 hold-out images, because there is no test/ or val/" in said
     assert "the checkpoint was selected on these images" in said
     metrics = read_json("results/metrics.json")
     assert metrics["test_images_chose_checkpoint"] is True
@@ -332,18 +550,28 @@ def test_run_without_val_goes_on_and_is_evaluated_with_its_own_hold_out_alone(ph
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("rm -r train", r"photos/train: No such file or directory\nExpected one sub-folder"),
-        ("rm -r train val", "photos/val not found. Expected cifar100, digits, or a folder"),
-        ("rm -r val", "photos/val not found. .*without val/, --holdout-per-class 50"),
-        ("rm -r train/*", "photos/train: no sub-folders"),
+        ("rm -r train", "photos/train not found. Expected train/ and val/ with one sub-folder of"),
+        ("rm -r train val", "photos/train not found. Expected train/ and val/ with one sub-folder"),
+        (
+            "mv val/* . && rm -r train val",
+            r"photos/train not found. Move the .* \(one, zero, ...\) into it. Without val/",
+        ),
+        ("mkdir in && mv train val in", "photos/train not found. It is .*: --dataset .*photos/in"),
+        ("rm -r val", "photos/val not found. Without val/, --holdout-per-class 50"),
+        ("mv val test", "photos/val not found. .*photos/test is for evaluate.py alone. Without"),
+        ("rm -r train/*", "photos/train has no sub-folders. Expected one for each class"),
         ("rm -r train/one", "photos/train has 1 class, zero. Expected at least 2"),
         ("mkdir train/none", "train/none has no picture"),
         ("truncate -s 0 train/one/*", "train/one has no picture that can be decoded"),
         ("truncate -s 0 val/zero/*", "val/zero has no picture that can be decoded"),
-        ("mkdir val/none", "val/none is not one of the 2 classes"),
-        ("rm -r val/*", "photos/val: no sub-folders"),
+        ("mkdir val/ones", "val: 'ones' is not one of the 2 classes .* similar is 'one': rename"),
+        ("rm -r val/*", "photos/val has no sub-folders"),
         ("rm -r val/*/*", "photos/val has no picture"),
-        ("mv val/one val/two", "val/two is not one of the 2 classes"),
+        ("mv val/one val/Zero", "val: 'Zero' is not one of the 2 classes .* similar is 'zero'"),
+        (
+            "for x in train/one/*; do echo > $x.raw; rm $x; done",
+            "train/one has no picture: files that are not pictures: 12 .raw$",
+        ),
     ],
 )
 def test_folder_that_cannot_be_used_is_one_message(spoil, message, photos):

@@ -159,7 +159,7 @@ def test_head_trains_on_what_it_gets_from_the_network_and_nothing_else_changes(d
     run.dtype = dtype  # of autocast
     inputs, rates = [], []
     run.model.fc.register_forward_pre_hook(lambda _, x: inputs.append(x[0].float()))
-    resnet.predict(run.model, data.EvalLoader(loader.images, 12, 32), dtype)
+    resnet.predict(run.model, data.EvalLoader(loader.images, 12, 32, rows=loader.rows), dtype)
     cross_entropy = Mock(wraps=F.cross_entropy)
     monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     before = {name: x.clone() for name, x in run.model.state_dict().items()}
