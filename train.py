@@ -79,6 +79,7 @@ IMAGE_SIZE = 224  # pixels per side that stored images are resized to for the ne
 INTERPOLATION = "bilinear"  # of that resizing ["bilinear", "bicubic"]
 HOLDOUT_PER_CLASS = 0  # training images per class to validate on; 0: the test images [0, 100_000]
 TRAIN_PER_CLASS = 0  # training images per class, for quick tries; 0 uses all [0, 100_000]
+VAL_IMAGES = 0  # images to validate on, evenly spread over those there are; 0: all [0, 100_000_000]
 VAL_BATCH_SIZE = 128  # images per step of validation, per process [1, 50_000]
 
 # Augmentation; 0 leaves an operation out
@@ -142,15 +143,14 @@ MINUTES_SETTINGS = {
     "ROTATION": 0.0,
     "GRAYSCALE": 0.0,
 }
-# Which image size and how many frozen stages the time is spent on best, by how often a forward pass
-# at 128 px could see all images in it: the first line whose number is reached.
+# Which image size and how many frozen stages the time is best spent on, by how often a forward pass
+# at 128 px could see all training images in it: the first line whose number is reached.
 MINUTES_TABLE = {
     # passes: (IMAGE_SIZE, FREEZE_STAGES); batch norm is frozen where stages are
     60: (224, 0),
     15: (128, 1),
-    0.3: (128, 2),
-    0.1: (96, 2),
-    0.02: (64, 2),
+    0.1: (128, 2),
+    0.02: (96, 2),
 }
 
 
@@ -181,15 +181,15 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
     utils.broadcast(model.state_dict().values())  # rank 0's weights
 
     # What the time allows
-    clock = Clock(begin, args, len(val_split.labels))
+    clock = Clock(begin, args)
     if args.minutes and not checkpoint:
         speed = measure_forward(model, train_split.images, utils.DTYPES[precision], device)
-        images = len(train_split.labels) + len(val_split.labels)
-        args = choose_settings(argv, args, clock, speed / images)
-        clock.image_seconds = (args.image_size / 128) ** 2 / speed
+        counts = len(train_split.labels), len(val_split.labels)
+        args = choose_settings(argv, args, clock, speed, *counts)
     elif device.type == "cpu" and not checkpoint:
         advise_minutes(args, len(train_split.labels))
     train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
+    clock.val_images = this.world_size * len(val_labels)
     utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
     resnet.freeze_stages(model, args.freeze_stages)
     class_weights = weigh_classes(args, train_loader.labels, len(facts["classes"]))
@@ -249,7 +249,8 @@ def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespa
         return args
     settings = dict(MINUTES_SETTINGS)
     if of_run:
-        for name in [*settings, "IMAGE_SIZE", "FREEZE_STAGES", "FREEZE_BATCH_NORM"]:
+        chosen = ["IMAGE_SIZE", "FREEZE_STAGES", "FREEZE_BATCH_NORM", "VAL_IMAGES"]
+        for name in [*settings, *chosen]:
             settings[name] = of_run[name.lower()]
     return utils.parse_flags(__file__, argv, settings)
 
@@ -414,7 +415,7 @@ def make_run(
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average, averaged = make_average(model) if args.ema_decay else (None, [])
     parts = average, averaged, optimizer, scheduler, scaler, utils.DTYPES[precision]
-    return Run(model, model, *parts, class_weights, args.epochs, clock or Clock(0, args, 0))
+    return Run(model, model, *parts, class_weights, args.epochs, clock or Clock(0, args))
 
 
 def weigh_classes(args: Namespace, labels: Tensor, num_classes: int) -> Tensor | None:
@@ -611,13 +612,13 @@ class Clock:
 
     head_share = 0.2  # of the time, for the head, where it is too short for all features
 
-    def __init__(self, begin: float, args: Namespace, val_images: int) -> None:
+    def __init__(self, begin: float, args: Namespace) -> None:
         """begin: time.perf_counter() when the script was started."""
         self.is_limited = args.minutes > 0
         self.begin = self.closed_at = begin
         self.seconds = 60 * args.minutes
-        self.val_images = val_images
-        self.ending_seconds = 3 if args.curves else 1  # to draw them, and for Python to end
+        self.val_images = 0
+        self.ending_seconds = 4 if args.curves else 1  # to draw them, and for Python to end
         self.save_seconds = 0.0  # of last.pt and best.pt
         self.image_seconds = 0.0  # of a forward pass, per image, as measured last
         self.epoch_seconds = 0.0  # at the pace of the last readings; 0 before the first
@@ -627,8 +628,8 @@ class Clock:
 
     @property
     def closing_seconds(self) -> float:
-        """Of a validation and the save after it."""
-        return self.val_images * self.image_seconds + self.save_seconds
+        """Of a validation, which may be a tenth slower than measured, and the save after it."""
+        return 1.1 * self.val_images * self.image_seconds + self.save_seconds
 
     def seconds_left(self) -> float:
         """For training: without a last validation, its save and the end of the script."""
@@ -708,29 +709,41 @@ def measure_forward(
 
 
 def choose_settings(
-    argv: list[str] | None, args: Namespace, clock: Clock, passes_per_second: float
+    argv: list[str] | None,
+    args: Namespace,
+    clock: Clock,
+    speed: float,
+    train_images: int,
+    val_images: int,
 ) -> Namespace:
     """The settings of the first line of MINUTES_TABLE that is reached; flags win over it.
 
-    passes_per_second: over all images at 128 px. Raises UserError if no line is reached.
+    speed: images per second of a forward pass at 128 px. Raises UserError if no line is reached.
     """
     seconds = clock.seconds_left()
-    passes = seconds * passes_per_second
+    passes = seconds * speed / train_images
     for least, (image_size, stages) in MINUTES_TABLE.items():
         if passes >= least:
             break
     else:
-        minutes = args.minutes + (least / passes_per_second - seconds) / 60
+        minutes = args.minutes + (least * train_images / speed - seconds) / 60
         raise utils.UserError(
             f"--minutes {args.minutes:g} is too short: expected {math.ceil(10 * minutes) / 10:g} "
             "or more on this machine"
         )
-    row = {"IMAGE_SIZE": image_size, "FREEZE_STAGES": stages, "FREEZE_BATCH_NORM": stages > 0}
-    args = utils.parse_flags(__file__, argv, MINUTES_SETTINGS | row)
+    settings = dict(MINUTES_SETTINGS)
+    settings["IMAGE_SIZE"] = image_size
+    settings["FREEZE_STAGES"] = stages
+    settings["FREEZE_BATCH_NORM"] = stages > 0
+    clock.image_seconds = (image_size / 128) ** 2 / speed
+    most = int(0.2 * seconds / clock.image_seconds)  # a fifth of the time for the validation
+    settings["VAL_IMAGES"] = most if most < val_images else 0
+    args = utils.parse_flags(__file__, argv, settings)
     check_combinations(args, utils.this_process().world_size)
-    count = f"a forward pass at 128 px could see all images {passes:.2g} times in the time left"
+    clock.image_seconds = (args.image_size / 128) ** 2 / speed
+    count = f"a forward pass at 128 px could see the training images {passes:.2g} times"
     parts = f"{args.image_size} px, {args.freeze_stages} stages frozen"
-    utils.say("chosen", f"{parts}: {count}")
+    utils.say("chosen", f"{parts}: {count} in the time left")
     return args
 
 
@@ -770,6 +783,9 @@ def make_loaders(
     val_split: data.Split,
 ) -> tuple[data.TrainLoader, data.EvalLoader, Tensor]:
     """The loaders, on the device, and the labels of this process's validation images."""
+    if args.val_images:
+        step = math.ceil(len(val_split.labels) / args.val_images)
+        val_split = val_split.select(slice(None, None, step))
     sizes = len(train_split.labels), len(val_split.labels)
     if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
         raise utils.UserError(

@@ -513,7 +513,7 @@ RUN_FILES = ("last.pt", "best.pt", *EXTRAS)
 CHECKPOINT_PATIENCE = 5  # seconds for which another program may keep last.pt or best.pt
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
-WHERE_AND_HOW |= {"val_batch_size", "resume", "resume_if_saved", "curves"}
+WHERE_AND_HOW |= {"val_images", "val_batch_size", "resume", "resume_if_saved", "curves"}
 
 
 @contextmanager

@@ -110,17 +110,17 @@ def test_readings_become_frequent_only_as_the_end_comes_near(folder, machine, mo
 
 
 def test_end_and_next_reading_are_those_worked_out_by_hand(machine):
-    clock = train.Clock(0, settings(minutes=2, curves=False), val_images=100)
-    clock.image_seconds, clock.save_seconds = 0.05, 4
-    assert clock.seconds_left() == 120 - 1 - 5 - 4
+    clock = train.Clock(0, settings(minutes=2, curves=False))
+    clock.val_images, clock.image_seconds, clock.save_seconds = 100, 0.04, 4.6
+    assert clock.seconds_left() == pytest.approx(120 - 1 - 1.1 * 4 - 4.6)
     assert clock.start_epoch(1) == float("inf")
     machine.now = 10  # a quarter of an epoch: 40 seconds each
-    assert clock.read(0.25) == 0.25 + 100 / 40
-    assert clock.next_reading == 0.25 + 50 / 40
+    assert clock.read(0.25) == pytest.approx(0.25 + 100 / 40)
+    assert clock.next_reading == pytest.approx(0.25 + 50 / 40)
     machine.now = 30  # another at twice the pace: the mean of 40 and 80
-    assert clock.read(0.5) == 0.5 + 80 / 60
+    assert clock.read(0.5) == pytest.approx(0.5 + 80 / 60)
     machine.now = 40
-    assert clock.start_epoch(2) == 1 + 70 / 60
+    assert clock.start_epoch(2) == pytest.approx(1 + 70 / 60)
 
 
 def test_validation_comes_before_the_end_only_where_it_is_cheap(folder, machine):
@@ -208,14 +208,30 @@ def test_mixing_and_warm_up_go_with_minutes(folder, machine):
 
 @pytest.mark.parametrize(
     ("passes", "chosen"),
-    [(1000, (224, 0)), (60, (224, 0)), (59, (128, 1)), (14, (128, 2)), (0.05, (64, 2))],
+    [(1000, (224, 0)), (60, (224, 0)), (59, (128, 1)), (14, (128, 2)), (0.05, (96, 2))],
 )
 def test_settings_are_those_of_the_first_line_of_the_table_that_is_reached(passes, chosen, machine):
     args = settings(minutes=1, curves=False, weights="x.pth", schedule="cosine")
-    clock = train.Clock(-1, args, val_images=0)  # 58 seconds are left
-    found = train.choose_settings(["--minutes", "1"], args, clock, passes / 58)
+    clock = train.Clock(-1, args)  # 58 seconds are left
+    found = train.choose_settings(["--minutes", "1"], args, clock, passes / 58 * 100, 100, 40)
     assert (found.image_size, found.freeze_stages) == chosen
     assert found.freeze_batch_norm == (chosen[1] > 0) and found.batch_size == 64
+
+
+def test_validation_takes_no_more_than_a_fifth_of_the_time(machine):
+    """At 100 images a second of 128 px, 400 for the network, of which 20 seconds are left."""
+    args = settings(minutes=0.35, curves=False, weights="x.pth", schedule="cosine")
+    flags = ["--minutes", "0.35", "--image-size", "128"]
+    for val_images, most in ((400, 0), (401, 400)):
+        clock = train.Clock(0, args)
+        found = train.choose_settings(flags, args, clock, 100, 1000, val_images)
+        assert found.val_images == most
+    split = data.Split(torch.zeros(90, 3, 8, 8).byte(), torch.arange(90))
+    for count, labels in ((0, 90), (90, 90), (89, 45), (30, 30)):
+        args.val_images = count
+        cpu, this = torch.device("cpu"), utils.Processes()
+        _, loader, found = train.make_loaders(args, this, cpu, split, split)
+        assert len(found) == labels == len(loader.rows)
 
 
 def test_too_few_minutes_say_how_many_are_needed(folder, machine):
