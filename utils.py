@@ -14,10 +14,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 import zipfile
@@ -354,6 +356,7 @@ class Processes(NamedTuple):
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1  # processes on this machine
+    machine: int = 0  # its number among those of the run
     machines: int = 1
     restarts: int = 0  # how often torchrun has restarted the workers
     max_restarts: int = 0
@@ -364,8 +367,8 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"]
-    names += ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
+    names += ["GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     numbers = [int(os.environ[name]) for name in names]
     # torchrun's log folder has a random name; ATTEMPT/LOCAL_RANK/error.json follow it.
     log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent.name
@@ -373,8 +376,11 @@ def this_process() -> Processes:
     return Processes(*numbers, launcher)
 
 
-_store: dist.Store | None = None  # of the processes that connect() has brought together
+_store: dist.Store | None = None  # what the processes that connect() has brought together share
+_leaves = threading.Event()  # set once this process needs the others no longer
 PATIENCE = timedelta(hours=12)  # how long they wait for one that downloads or decodes pictures
+START = 600  # seconds that they wait for one that has not begun
+SILENCE = 60  # seconds without a sign of life after which a process counts as lost
 
 
 def connect(device_name: str) -> torch.device:
@@ -392,9 +398,9 @@ def connect(device_name: str) -> torch.device:
             "torchrun counts restarts per machine.\nStart it again, yourself or from your "
             "scheduler, with --resume-if-saved"
         )
-    store, *_ = next(dist.rendezvous("env://", timeout=PATIENCE))
-    # Restarted workers must not read what the ones before them left in torchrun's store.
-    _store = dist.PrefixStore(f"attempt {this.restarts}", store)
+    _store = _open_store(START)
+    _store.set(f"beat of rank {this.rank}", "0")  # before any of them goes on
+    threading.Thread(target=_watch_others, daemon=True).start()
     device = choose_device(device_name, this.local_rank)
     backend, options = "gloo", {"timeout": timedelta(minutes=10)}
     if device.type == "cuda":
@@ -407,23 +413,99 @@ def connect(device_name: str) -> torch.device:
     return device
 
 
+def _open_store(seconds: float) -> dist.Store:
+    """The store that the processes of the run share: torchrun's, or else rank 0 keeps it.
+
+    Raises UserError if nothing answers at its address for so many seconds.
+    """
+    this = this_process()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps_it = this.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline = time.monotonic() + seconds
+    while not keeps_it:  # in Python, because TCPStore would not let a signal end its waiting
+        try:
+            socket.create_connection(address, timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"No process of the run answers at {address[0]}, port {address[1]}: "
+                    f"{error.strerror or error}.\nStart torchrun on every machine, with one endpoint"
+                ) from error
+            time.sleep(0.2)
+    options = {"is_master": keeps_it, "wait_for_workers": False, "multi_tenant": True}
+    store = dist.TCPStore(*address, **options)
+    # Restarted workers must not read what the ones before them left in torchrun's store.
+    return dist.PrefixStore(f"{os.environ['TORCHELASTIC_RUN_ID']}, attempt {this.restarts}", store)
+
+
+def _watch_others() -> None:
+    """Ends this process soon after another one has failed or fallen silent, wherever it waits.
+
+    It runs in a thread of its own, with a connection of its own, because a collective neither
+    returns nor handles signals until every process has come. Each process watches the next one.
+    """
+    this = this_process()
+    neighbour = (this.rank + 1) % this.world_size
+    beats, last_beat, last_change = 0, "", time.monotonic()
+    store, failed = None, False
+    try:
+        store = _open_store(START)
+        while not failed and not _leaves.wait(0.5):
+            beats += 1
+            store.set(f"beat of rank {this.rank}", str(beats))
+            beat = ""
+            if store.check([f"beat of rank {neighbour}"]):
+                beat = store.get(f"beat of rank {neighbour}").decode()
+            if beat != last_beat:
+                last_beat, last_change = beat, time.monotonic()
+            patience = SILENCE if beat else START
+            if beat != "the last" and time.monotonic() - last_change > patience:
+                _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
+            failed = store.check(["failed"])
+    except (dist.DistError, UserError):  # the process that keeps the store has ended
+        failed = not _leaves.wait(5)
+    if failed and not _leaves.is_set():
+        signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
+        if not _leaves.wait(5):  # in a collective
+            os._exit(_report("stopped  another process cannot be reached", store=store))
+
+
+def _announce(store: dist.Store, rank: int, reason: str) -> list:
+    """Tells all processes that one has failed, and why; returns what was told first, [rank, why]."""
+    return json.loads(store.compare_set("failed", "", json.dumps([rank, reason])))
+
+
+def _arrive(store: dist.Store, what: str, value: str = "") -> list[str]:
+    """Says that this process has come so far; returns the keys with which all of them say so."""
+    this = this_process()
+    keys = [f"{what}, rank {rank}" for rank in range(this.world_size)]
+    store.set(keys[this.rank], value)
+    return keys
+
+
+def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Waits until the store has all keys, but no longer than so many seconds; whether it has."""
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def exchange(what: str, value: str = "") -> list[str]:
     """Waits until every process has called this; returns the values that they gave, by rank.
 
     It waits in Python, where signals are handled, and longer than a process group would. Raises
     UserError if one does not come. Each name can be used once.
     """
-    this = this_process()
     if _store is None:
         return [value]
-    keys = [f"{what}, rank {rank}" for rank in range(this.world_size)]
-    _store.set(keys[this.rank], value)
-    deadline = time.monotonic() + PATIENCE.total_seconds()
-    while not _store.check(keys):
-        if time.monotonic() > deadline:
-            late = next(key for key in keys if not _store.check([key]))
-            raise UserError(f"Waited {PATIENCE} for another process: {late}")
-        time.sleep(0.02)
+    keys = _arrive(_store, what, value)
+    if not _wait_for(_store, keys, PATIENCE.total_seconds()):
+        late = next(key for key in keys if not _store.check([key]))
+        raise UserError(f"Waited {PATIENCE} for another process: {late}")
     return [_store.get(key).decode() for key in keys]
 
 
@@ -444,7 +526,7 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
 
 def from_rank_0(what: str, read: Callable[[], dict | None]) -> dict | None:
     """What read() returns on rank 0, on every process. Each name can be used once."""
-    holder = [read() if this_process().rank == 0 else None]
+    holder = [read() if is_first() else None]
     exchange(what)
     if dist.is_initialized():
         dist.broadcast_object_list(holder, src=0)
@@ -491,9 +573,16 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def disconnect() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the other processes, if there are some; rank 0, which may keep the store, is last."""
+    if _store is None:
+        return
+    _leaves.set()
+    _store.set(f"beat of rank {this_process().rank}", "the last")
+    _arrive(_store, "told")  # nobody need wait until it has heard of a failure
+    everyone = _arrive(_store, "left")
+    if is_first():
+        _wait_for(_store, everyone, seconds=10)
+    dist.destroy_process_group()
 
 
 # ---- checkpoints: format, writing, reading, finding, restoring ----------------------------------
@@ -587,7 +676,7 @@ def save_run(
     waits for the end.
     """
     with _signals_wait():
-        if this_process().rank == 0:
+        if is_first():
             epoch = history[-1]["epoch"] if history else 0
             result = metadata | {"epoch": epoch, "history": history}
             if is_best:
@@ -1030,8 +1119,6 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
     try:
         yield
     except _Stopped as error:
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
         _end(f"\nstopped  {_state()}", 128 + error.args[0])
     except BrokenPipeError:
         _end(f"stopped  the output pipe was closed.\n{_state()}")
@@ -1041,29 +1128,64 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
         if "out of memory" in str(error):
             _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_Ending.safe}")
         _end(f"stopped  the GPU failed: {reason_of(error)}\n{_state()}")
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-            raise
-        _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
     except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        _end(error.code)
+        if isinstance(error.code, str):
+            _end(error.code)
+        raise
+    except Exception as error:
+        if _is_of_another_process(error):
+            _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
+        _report(f"{type(error).__name__}: {error}", quiet=True)  # its traceback follows
+        raise
+
+
+def _is_of_another_process(error: Exception) -> bool:
+    """Whether a collective or the store failed because a process does not take part any more."""
+    if isinstance(error, dist.DistError):
+        return True
+    if _store is None or not isinstance(error, RuntimeError):
+        return False
+    return bool(re.match(r"\[\S*\bgloo/\S+:\d+\]", str(error)))  # the place in its source
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
-    """Ends the script with a message, printed by only the first process that has it.
+    """Ends the script with a message, or with that of another process that has failed before."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
+    raise SystemExit(_report(message, status)) from None
 
+
+def _report(
+    message: str, status: int = 1, store: dist.Store | None = None, quiet: bool = False
+) -> int:
+    """Tells the user, torchrun and the other processes why this one ends; returns its exit status.
+
+    If another one has failed before, that is the reason. One process of each machine prints it, and
     torchrun repeats what is in the error file below its own traceback.
     """
-    first = this_process().local_rank == 0
-    if _store is not None:
-        with suppress(RuntimeError):  # the process that keeps the store may have ended
-            first = _store.add(f"said {message}", 1) == 1
-    if first:
+    this, prints = this_process(), not quiet
+    _leaves.set()
+    try:
+        if this.launcher:
+            store = store or _store or _open_store(seconds=3)
+            reason = message.strip().removeprefix("stopped  ")
+            reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
+            rank, first_reason = _announce(store, this.rank, reason)
+            if rank != this.rank:
+                message, status = f"stopped  {first_reason}", 1
+                if _Ending.safe not in message:
+                    message = f"{message}\n{_state()}"
+            prints = store.add(f"said on machine {this.machine}", 1) == 1 and prints
+    except (dist.DistError, UserError):  # the process that keeps the store has ended
+        store, prints = None, this.local_rank == 0 and not quiet
+    if prints:
         with suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)
     if status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
         content = {"message": message, "timestamp": int(time.time())}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
-    raise SystemExit(status) from None
+        with suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
+    if store:
+        with suppress(dist.DistError):
+            _wait_for(store, _arrive(store, "told"), seconds=3)  # this process may keep the store
+    return status

@@ -146,6 +146,7 @@ def torchrun_environment(rank: int = 0, port: int = 0, **changed: object) -> dic
         "LOCAL_RANK": rank,
         "WORLD_SIZE": 2,
         "LOCAL_WORLD_SIZE": 2,
+        "GROUP_RANK": 0,
         "GROUP_WORLD_SIZE": 1,
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_MAX_RESTARTS": 0,

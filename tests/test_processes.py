@@ -5,6 +5,9 @@ import itertools
 import os
 import re
 import signal
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,7 @@ from scripts import (
     torchrun_environment,
 )
 
+import data
 import model as resnet
 import utils
 
@@ -187,6 +191,117 @@ def test_other_pictures_in_one_process_are_refused(tmp_path):
     flags = [*RUN, *folder.split()]
     message = "dataset is '2 pictures, crc32 .*' on rank 0, but '2 pictures, crc32 .*' on rank 1"
     assert_refused(run_two(tmp_path, flags, flags), message)
+
+
+# ---- one of two machines fails ------------------------------------------------------------------
+
+
+def be_one_of_two_machines(rank: int, port: int) -> None:
+    be_one_of_two(rank, port, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, GROUP_RANK=rank, GROUP_WORLD_SIZE=2)
+
+
+def fail_at(place: str, how: Callable, failing: int, rank: int, port: int) -> None:
+    """On one machine of two: calls how() in place of MODULE.FUNCTION."""
+    be_one_of_two_machines(rank, port)
+    if rank == failing:
+        module, function = place.split(".")
+        setattr({"data": data, "utils": utils}[module], function, how)
+
+
+def break_the_disk(*_, **__) -> None:
+    raise data.DataError("the disk is broken")
+
+
+def have_a_bug(*_, **__) -> None:
+    raise KeyError("our own bug")
+
+
+def get_sigterm(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+FAILURES = {  # where, how, what the other machine says of it, both exit statuses
+    "while the other waits": ("data.fetch", break_the_disk, "the disk is broken", 1),
+    "before it begins": ("data.read_splits", get_sigterm, "nothing is saved yet", 143),
+    "in an epoch": (
+        "utils.mean_over_processes",
+        have_a_bug,
+        "KeyError: 'our own bug'\nthe start is safe in",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("kind", FAILURES)
+def test_machine_that_fails_ends_the_other_one_with_its_reason(kind, failing, tmp_path):
+    place, how, reason, status = FAILURES[kind]
+    prepare = functools.partial(fail_at, place, how, failing)
+    scripts = run_two(tmp_path, RUN, RUN, prepare=prepare)
+    assert scripts[failing].status == status
+    assert scripts[1 - failing].status == 1
+    said = scripts[1 - failing].stderr
+    assert f"stopped  rank {failing} on {socket.gethostname()} ended: {reason}" in said, said
+    assert "Traceback" not in said
+    assert ("Traceback" in scripts[failing].stderr) == (how is have_a_bug)
+
+
+def test_machine_with_a_wrong_flag_ends_the_one_that_waits_for_it(tmp_path):
+    scripts = run_two(tmp_path, RUN, [*RUN, "--lr", "3"], prepare=be_one_of_two_machines)
+    assert [script.status for script in scripts] == [1, 2]
+    for script in scripts:
+        assert "unrecognized arguments: --lr 3; did you mean --learning-rate?" in script.stderr
+
+
+def fail_with_little_patience(*args: object) -> None:
+    utils.SILENCE = 5
+    fail_at(*args)
+
+
+def be_killed(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_suspended(*_, **__) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("data.fetch", be_killed),
+        ("utils.mean_over_processes", be_killed),
+        ("utils.mean_over_processes", be_suspended),
+    ],
+)
+def test_machine_that_falls_silent_ends_the_other_one(place, how, tmp_path):
+    """The first one, which keeps the store; it waits in exchange() or in a collective."""
+    port, scripts = find_free_port(), []
+    for rank in (0, 1):
+        (folder := tmp_path / str(rank)).mkdir()
+        role = functools.partial(fail_with_little_patience, place, how, 1, rank, port)
+        scripts.append(Script("train.py", *RUN, cwd=folder, prepare=role))
+    try:
+        assert scripts[0].wait() == 1
+    finally:
+        scripts[1].process.kill()
+    silent, closed = "rank 1 gives no sign of life", "another process cannot be reached"
+    collective = place == "utils.mean_over_processes"
+    expected = silent if how is be_suspended or not collective else closed
+    assert expected in scripts[0].stderr
+    assert ("the start is safe in" in scripts[0].stderr) == collective
+
+
+def test_process_that_finds_no_other_says_where_it_looked(tmp_path, monkeypatch):
+    port = find_free_port()
+    for name, value in torchrun_environment(1, port).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(utils.UserError, match=f"No process of the run answers at .*port {port}: "):
+        utils._open_store(seconds=0)
+
+
+# ---- both resume --------------------------------------------------------------------------------
 
 
 def keep_weights(rank: int, port: int) -> None:

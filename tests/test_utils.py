@@ -310,6 +310,9 @@ def test_gpu_of_a_mac_is_named(monkeypatch, capsys):
     assert "the GPU of this Mac is used with --device mps" in capsys.readouterr().out
 
 
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538]"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -317,7 +320,10 @@ def test_gpu_of_a_mac_is_named(monkeypatch, capsys):
         (torch.AcceleratorError("CUDA error: out of memory"), "exhausted: less.\nall safe"),
         (torch.AcceleratorError("CUDA error: bad"), "failed: CUDA error: bad\nall safe; .*: go"),
         (FloatingPointError("the loss is nan"), "the loss is nan.\nall safe"),
-        (RuntimeError("[gloo/pair.cc:1] closed"), "cannot be reached: .*\nall safe; .*: go"),
+        (torch.distributed.DistNetworkError("closed"), "cannot be reached: .*\nall safe; .*: go"),
+        (RuntimeError(f"{GLOO} Connection closed"), "cannot be reached: .*\nall safe; .*: go"),
+        (RuntimeError("/home/gloo/weights.pth is damaged"), ""),
+        (ValueError(f"{GLOO} Connection closed"), ""),
         (RuntimeError("our own bug"), ""),
         (KeyError("our own bug"), ""),
     ],
@@ -327,12 +333,19 @@ def test_failing_gpu_is_explained_and_continued_only_where_that_can_help(
 ):
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # pytest has handlers of its own
     monkeypatch.setattr(utils._Ending, "command", "go")
+    monkeypatch.setattr(utils, "_store", object())  # as if there were other processes
     expected = SystemExit if message else type(error)  # an error of ours keeps its traceback
     with pytest.raises(expected) as end, utils.explained_exit("all safe", "less"):
         raise error
     if message:
         assert end.value.code == 1
         assert re.fullmatch(rf"stopped  .*{message}\n", capsys.readouterr().err)
+
+
+def test_lone_process_does_not_blame_another_one(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(RuntimeError), utils.explained_exit("all safe", "less"):
+        raise RuntimeError(f"{GLOO} Connection closed")
 
 
 def test_signal_that_nohup_ignores_stays_ignored(monkeypatch):
