@@ -229,8 +229,8 @@ def split_images(images: Split, classes: list[str], settings: Namespace) -> tupl
 def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
     """A split without the pictures that cannot be decoded.
 
-    It is drawn with them, so that a picture that is mended later does not change the others' parts.
-    Raises DataError for a class that has no other pictures.
+    They are left out only after the training images were divided: mending one of them does not
+    change which others are held out. Raises DataError for a class that has no other pictures.
     """
     if -1 not in split.checksums:
         return split
@@ -256,19 +256,19 @@ def find_test_part(dataset: str) -> str:
 def identify(settings: Namespace, split: Split) -> str:
     """The name of a built-in data set; for pictures of a folder, their number and checksum.
 
-    The checksum is the crc32 of the labels and then of all pixels. It follows from those of the
-    pictures without reading a pixel: the crc32 of a || b is that of b, xor a number that depends on
-    the crc32 of a and the length of b alone, bit for bit.
+    The checksum is the crc32 of the labels, followed by all pixels. It is computed from the crc32
+    of each picture, so that no pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f
+    depends on the length of b alone, and f(x ^ y) is f(x) ^ f(y).
     """
     if settings.dataset in BUILT_IN:
         return settings.dataset
     zeros = bytes(math.prod(split.stored.shape[1:]))
-    shifted = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
+    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
     total = zlib.crc32(split.labels.numpy())
     for checksum in compute_checksums(split):
         for bit in range(32):
             if total >> bit & 1:
-                checksum ^= shifted[bit]
+                checksum ^= f_of_bit[bit]
         total = checksum
     return f"{len(split.labels)} pictures, crc32 {total:08x}"
 
@@ -306,7 +306,8 @@ def fetch_cifar100(data_dir: str) -> None:
 
     The official archive in DATA_DIR is unpacked instead, if it is there.
     """
-    files, archive = list_official_files(find_cifar100(data_dir)), Path(data_dir, CIFAR100.filename)
+    files = list_official_files(find_cifar100(data_dir))
+    archive = Path(data_dir, CIFAR100.filename)
     if all(path.exists() for path in files):
         return
     refuse_damaged(files | {archive: CIFAR100.tgz_md5})
@@ -848,7 +849,8 @@ def draw_parameters(
     if settings.random_scale:
         parameters["box"] = draw_boxes(settings.random_scale, count, size, generator)
     for name in ("brightness", "contrast", "saturation"):
-        if strength := getattr(settings, name):
+        strength = getattr(settings, name)
+        if strength:
             parameters[name] = uniform(max(0.0, 1 - strength), 1 + strength)
     if settings.hue:
         parameters["hue"] = uniform(-settings.hue, settings.hue)
@@ -936,12 +938,11 @@ def partners(batch: Tensor) -> Tensor:
 def mix_images(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """Blends each image with its partner, then takes the pixels in its box from the partner."""
     others, position = partners(images), torch.arange(images.shape[-1], device=images.device)
-    rows, columns = (
-        (parameters[name][:, :1] <= position) & (position < parameters[name][:, 1:])
-        for name in ("box_rows", "box_columns")
-    )
+    rows, columns = parameters["box_rows"], parameters["box_columns"]
+    in_rows = (rows[:, :1] <= position) & (position < rows[:, 1:])
+    in_columns = (columns[:, :1] <= position) & (position < columns[:, 1:])
+    inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
     weight = per_image(parameters["pixel_weight"])
-    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     return torch.where(inside, others, weight * images + (1 - weight) * others)
 
 
