@@ -11,24 +11,30 @@
     python evaluate.py --export model.pt2           one file to use elsewhere, with torch alone
 
 Image size, batch size, precision and data set are those of the checkpoint. It prints a report and
-writes metrics.json (accuracies are fractions), tables and pictures into RESULTS_DIR. In
-predictions.csv, index counts the images from 0 in the order of the official test file, or those of
-a folder by class and name; confidence is the softmax of the predicted class. Rows of a confusion
-matrix are true classes. Macro F1 is the mean over the classes with test images.
+writes metrics.json (accuracies are fractions), tables, and report.html, a page to look at the images
+in a browser, into RESULTS_DIR. In predictions.csv, index counts the images from 0 in the order of
+the official test file, or those of a folder by class and name; confidence is the softmax of the
+predicted class. Rows of a confusion matrix are true classes. Macro F1 is the mean over the classes
+with test images.
 """
 
+import base64
 import copy
 import csv
 import json
 import logging
+import math
 import tempfile
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
+from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import seaborn as sns
@@ -46,6 +52,7 @@ from sklearn import metrics
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -78,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         if overwritten or not (runs == others == 1 or min(runs, others) > 1):
             expected = "one folder, not --results-dir, or at least two each in --results and "
             utils.refuse_flag("compare", args.compare, f"{expected}--compare")
+    if args.export and Path(args.export).suffix not in (".pt2", ".onnx"):
+        utils.refuse_flag("export", args.export, "a name that ends in .pt2 or .onnx")
     if args.export and (args.images or args.results):
         utils.refuse_flag("export", args.export, "neither --images nor --results beside it")
     if args.results:
@@ -86,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         classifier = Classifier(args)
         with writing_into(folder):
             pass  # rather fail now than after the network ran
-        do = classify_pictures if args.images else evaluate
-        picture = do(classifier, args, folder)
+        if args.images:
+            classify_pictures(classifier, args, folder)
+            return
+        picture = evaluate(classifier, args, folder)
     if args.show:
         open_window(picture)
 
@@ -147,13 +158,16 @@ class Result:
     summary: dict  # what metrics.json holds
 
     def __post_init__(self) -> None:
-        self.correct, numbers = self.predicted == self.labels, range(len(self.classes))
-        self.matrix = metrics.confusion_matrix(self.labels, self.predicted, labels=numbers)
-        self.support = self.matrix.sum(1)  # test images of each class
-        self.scores = score_classes(self.matrix.diagonal(), self.support, self.matrix.sum(0))
+        count = len(self.classes)
+        self.correct = self.predicted == self.labels
+        self.cells = count_cells(self.labels, self.predicted)
+        self.hits = np.bincount(self.labels[self.correct], minlength=count)  # of each class
+        self.support = np.bincount(self.labels, minlength=count)  # test images of each class
+        predictions = np.bincount(self.predicted, minlength=count)
+        self.scores = score_classes(self.hits, self.support, predictions)
         self.f1, tested = self.scores[2], np.flatnonzero(self.support)
         self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
-        self.pairs = find_confused_pairs(self.matrix, self.classes)
+        self.pairs = find_confused_pairs(self.cells, self.classes)
         self.most_confident = np.argsort(-self.confidence, kind="stable")  # indices of the images
 
 
@@ -226,27 +240,32 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
     result = replace(truth, predicted=predicted, confidence=confidence, folder=args.results_dir)
     result.summary |= summarize(result, views, classifier)
+    lines, check = {"numbers": describe_numbers(result)}, None
     if others:
         result.summary["comparison"] = compare([result], others)
+        lines["comparison"] = describe_comparison([result], others, result.summary["comparison"])
+    if train:
+        check = check_data(classifier, train, test, views.mean(0).softmax(1))
+        result.summary["data_check"] = check.facts
+        check.facts.update(score_without_copies(check, result, others))
+        lines["check"] = describe_check(check)
     options = {"target_names": result.classes, "labels": range(len(result.classes)), "digits": 4}
     report = metrics.classification_report(result.labels, predicted, zero_division=0, **options)
-    check = check_data(classifier, train, test, views.mean(0).softmax(1)) if train else None
-    if check:
-        result.summary["data_check"] = summarize_check(check, result, others)
-    pictures = ("superclass_confusion_matrix", "comparison", "most_confused", "mistakes")
-    pictures += ("training_curves", "duplicates", "suspect_labels")  # which not every run has
-    outdated = [*(f"{name}.png" for name in pictures), "duplicates.csv", "suspect_labels.csv"]
-    with writing_into(folder, outdated) as new:
+    with writing_into(folder, list_outdated()) as new:
         write_tables(result, report, test.files, new)
-        write_pictures(result, test.images, others, new)
+        draw_pictures(result, others, new)
         if check:
             write_check(check, new)
-    print_numbers(result, report)
+        write_report(result, test, others, check, lines, new)
+    print_classes(result, report)
+    print_lines(lines["numbers"])
     if others:
-        print_comparison([result], others, result.summary["comparison"])
+        print_changes(result.summary["comparison"])
+        print_lines(lines["comparison"])
     if check:
-        print_check(check, result.summary)
-    utils.say("results", str(folder))
+        print_copies(check)
+        print_lines(lines["check"])
+    utils.say("results", f"{folder}; open {folder / 'report.html'} in a browser")
     if args.export:
         export(classifier, test.images, views[0].softmax(1), Path(args.export))
     return folder / "confusion_matrix.png"
@@ -262,7 +281,7 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "macro_f1": np.average(result.f1, weights=result.support > 0),
         "classes_without_images": [result.classes[i] for i in np.flatnonzero(result.support == 0)],
         "expected_calibration_error": calibrate(result)[2],
-        "intervals_95": bootstrap_intervals(result.matrix),
+        "intervals_95": bootstrap_intervals(result.cells, len(result.classes)),
         "most_confused": result.pairs[:10],
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
@@ -270,7 +289,7 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "history": utils.read_history(classifier.path, checkpoint["history"]),
     }
     if result.classes == data.CLASSES:
-        superclasses = data.count_superclasses(data.by_superclass(result.matrix))
+        superclasses = data.count_superclasses(data.by_superclass(count_matrix(result)))
         summary["superclass_accuracy"] = superclasses.trace() / len(labels)
     if classifier.tta:
         summary["without_tta"] = score(views[0], labels)
@@ -293,17 +312,30 @@ def score_classes(correct: np.ndarray, true: np.ndarray, predicted: np.ndarray) 
     return np.stack([correct / predicted.clip(1), correct / true.clip(1), f1])
 
 
-def find_confused_pairs(matrix: np.ndarray, classes: list[str]) -> list[dict]:
+def count_cells(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The cells of the confusion matrix that are not empty (3, K): true, predicted, images."""
+    cells, images = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
+    return np.vstack([cells, images])
+
+
+def count_matrix(result: Result, per_cell: int = 1) -> np.ndarray:
+    """The confusion matrix; a row and a column stand for so many classes that are neighbours."""
+    groups = range(-(-len(result.classes) // per_cell))
+    labels, predicted = result.labels // per_cell, result.predicted // per_cell
+    return metrics.confusion_matrix(labels, predicted, labels=groups)
+
+
+def find_confused_pairs(cells: np.ndarray, classes: list[str]) -> list[dict]:
     """Pairs of confused classes, most mistakes first; "true" is the class mistaken more often."""
-    a, b = np.tril_indices(len(classes), -1)
-    true, other = np.where(matrix[a, b] > matrix[b, a], (a, b), (b, a))
-    order = np.argsort(-matrix[true, other] - matrix[other, true], kind="stable")
-    return [
-        {"true": classes[i], "taken_for": classes[j]}
-        | {"images": matrix[i, j].item(), "other_way": matrix[j, i].item()}
-        for i, j in zip(true[order], other[order])
-        if matrix[i, j]
-    ]
+    counts = {(true, predicted): images for true, predicted, images in cells.T.tolist()}
+    pairs = []
+    for (true, predicted), images in counts.items():
+        other_way = counts.get((predicted, true), 0)
+        if images > other_way or (images == other_way and true < predicted):
+            place = (-images - other_way, max(true, predicted), min(true, predicted))
+            names = {"true": classes[true], "taken_for": classes[predicted]}
+            pairs.append((place, names | {"images": images, "other_way": other_way}))
+    return [pair for _, pair in sorted(pairs, key=lambda row: row[0])]
 
 
 def calibrate(result: Result, count: int = 15) -> tuple[np.ndarray, np.ndarray, float]:
@@ -314,30 +346,41 @@ def calibrate(result: Result, count: int = 15) -> tuple[np.ndarray, np.ndarray, 
     return images, correct / images.clip(1), abs(correct - confidence).sum() / images.sum()
 
 
-def bootstrap_intervals(matrix: np.ndarray, resamples: int = 1000) -> dict[str, list[float]]:
+def bootstrap_intervals(
+    cells: np.ndarray, num_classes: int, resamples: int = 1000
+) -> dict[str, list[float]]:
     """95 % percentile intervals of top-1 and macro F1 over test images drawn with replacement."""
-    # Images in one cell of the matrix are alike, so a resample is a multinomial draw of the cells.
-    cells = matrix.nonzero()
-    probabilities = matrix[cells] / matrix.sum()
-    drawn = np.random.default_rng(0).multinomial(matrix.sum(), probabilities, resamples)
-    in_row, in_column = (np.eye(len(matrix))[numbers] for numbers in cells)
-    correct, true = drawn @ (in_row * in_column), drawn @ in_row  # (resamples, num_classes)
-    macro_f1 = np.average(score_classes(correct, true, drawn @ in_column)[2], 1, true > 0)
-    samples = {"top1_accuracy": correct.sum(1) / matrix.sum(), "macro_f1": macro_f1}
-    return {name: np.percentile(x, [2.5, 97.5]).tolist() for name, x in samples.items()}
+    true, predicted, images = cells
+    generator, accuracies, macro_f1 = np.random.default_rng(0), [], []
+    for _ in range(resamples):
+        # Images in one cell are alike, so a resample is a multinomial draw of the cells.
+        drawn = generator.multinomial(images.sum(), images / images.sum())
+        hits = np.bincount(true, drawn * (true == predicted), num_classes)
+        support = np.bincount(true, drawn, num_classes)
+        predictions = np.bincount(predicted, drawn, num_classes)
+        f1 = score_classes(hits, support, predictions)[2]
+        accuracies.append(hits.sum() / images.sum())
+        macro_f1.append(np.average(f1, weights=support > 0))
+    return {
+        "top1_accuracy": np.percentile(accuracies, [2.5, 97.5]).tolist(),
+        "macro_f1": np.percentile(macro_f1, [2.5, 97.5]).tolist(),
+    }
 
 
-def print_numbers(result: Result, report: str) -> None:
-    """Prints the report, the worst classes and pairs, and last, above the prompt, the summary."""
-    summary = result.summary
+def print_classes(result: Result, report: str) -> None:
+    """Prints scikit-learn's report, the worst classes and the most confused pairs."""
     print(f"\n{report}\nworst classes by F1")
     for number in result.worst_first[:10]:
         print(f"{result.f1[number]:8.4f}  {result.classes[number]}")
     print("\nmost confused pairs: images one way + the other way")
-    for pair in summary["most_confused"]:
+    for pair in result.summary["most_confused"]:
         print("{images:4} + {other_way:<3} {true} taken for {taken_for}".format(**pair))
-    print()
-    utils.say("loss", f"{summary['loss']:.4f}")
+
+
+def describe_numbers(result: Result) -> list[tuple[str, str]]:
+    """The lines, each with its label, that stand last above the prompt, and first on the page."""
+    summary = result.summary
+    lines = [("loss", f"{summary['loss']:.4f}")]
     for label, name, meaning in [
         ("top-1", "top1_accuracy", ""),
         ("top-5", "top5_accuracy", ""),
@@ -349,13 +392,22 @@ def print_numbers(result: Result, report: str) -> None:
             low, high = summary["intervals_95"][name]
             meaning = f", 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
         if name in summary:
-            utils.say(label, f"{100 * summary[name]:.2f} %{meaning}")
+            lines.append((label, f"{100 * summary[name]:.2f} %{meaning}"))
     if summary["tta"]:
-        loss, accuracy = (summary["without_tta"][name] for name in ("loss", "top1_accuracy"))
-        utils.say("no tta", f"loss {loss:.4f}, top-1 {100 * accuracy:.2f} %")
+        plain = summary["without_tta"]
+        accuracy = f"top-1 {100 * plain['top1_accuracy']:.2f} %"
+        lines.append(("no tta", f"loss {plain['loss']:.4f}, {accuracy}"))
     if absent := len(summary["classes_without_images"]):
         classes = f"{absent} of {len(result.classes)} classes have no test image"
-        utils.say("note", f"{classes}: macro F1 leaves them out, the report counts them as 0")
+        lines.append(("note", f"{classes}: macro F1 leaves them out, the report counts them as 0"))
+    return lines
+
+
+def print_lines(lines: list[tuple[str, str]]) -> None:
+    """Prints labelled lines under an empty one."""
+    print()
+    for label, text in lines:
+        utils.say(label, text)
 
 
 # ---- two evaluations, or two recipes, on the same images ----------------------------------------
@@ -377,12 +429,13 @@ def read_result(folder: str, like: Result | None = None) -> Result:
             _, *rows = list(csv.reader(file)) or [()]
         if len(rows) != summary["images"]:
             raise ValueError(f"it has {len(rows):,} images, not {summary['images']:,}")
-        table = [",".join(row[:4]) for row in rows]  # without the names of files
+        table = [",".join(row[:4]) for row in rows]  # without names
         *numbers, confidence = np.loadtxt(table, delimiter=",", ndmin=2).T
         indices, labels, predicted = (x.astype(int) for x in numbers)
         path = Path(folder)  # what follows compares one of its files with another
         result = Result(classes, labels, predicted, confidence, folder, summary)
-        dataset = (like := like or result).summary["dataset"]
+        like = like or result
+        dataset = like.summary["dataset"]
         if summary["dataset"] != dataset:
             raise ValueError(f"its data set is {summary['dataset']!r}, not {dataset!r}")
         if not np.array_equal([indices, labels], [range(len(labels)), like.labels]):
@@ -397,6 +450,8 @@ def read_result(folder: str, like: Result | None = None) -> Result:
             f"{path} cannot be compared: {getattr(error, 'strerror', None) or reason}. Expected "
             "results of this evaluate.py for the same test images: evaluate that checkpoint again"
         ) from error
+    if len(labels) < 2:
+        raise utils.UserError(f"{folder} has a single test image. Expected two or more to compare")
     return result
 
 
@@ -408,28 +463,33 @@ def compare_results(args: Namespace, folder: Path) -> Path:
     with writing_into(folder) as new:
         text = json.dumps(comparison, indent=2) + "\n"
         (new / "comparison.json").write_text(text, encoding="utf-8")
-        figure = draw_comparison(*sides, comparison)
-        figure.savefig(new / picture.name, dpi=150, bbox_inches="tight")
-    print_comparison(*sides, comparison)
+        save_picture(draw_comparison(*sides, comparison), new / picture.name)
+    print_changes(comparison)
+    print_lines(describe_comparison(*sides, comparison))
     utils.say("results", f"{picture}, {folder / 'comparison.json'}")
     return picture
 
 
 def compare(these: list[Result], others: list[Result]) -> dict:
     """What is written of one run compared with one, or of a recipe's runs with another's."""
-    sides, settings = (these, others), differences(these[0], others[0])
-    for runs in sides:
-        require_one_recipe(runs)
+    require_one_recipe(these)
+    require_one_recipe(others)
+    settings = differences(these[0], others[0])
     if len(these) > 1:
         settings.pop("seed", None)
-    f1, other_f1 = (np.mean([run.f1 for run in runs], 0) for runs in sides)
-    hits = [np.mean([run.matrix.diagonal() for run in runs], 0).tolist() for runs in sides]
-    rows = zip(these[0].classes, (f1 - other_f1).tolist(), *hits)
-    names = ("class", "f1_change", "correct", "other_correct")
-    return compare_accuracies(*(np.stack([run.correct for run in runs]) for runs in sides)) | {
-        "classes": [dict(zip(names, row)) for row in sorted(rows, key=lambda row: -row[1])],
-        "different_constants": settings,
-    }
+    f1 = np.mean([run.f1 for run in these], 0)
+    hits = np.mean([run.hits for run in these], 0)
+    other_f1 = np.mean([run.f1 for run in others], 0)
+    other_hits = np.mean([run.hits for run in others], 0)
+    classes = []
+    for number in np.argsort(other_f1 - f1, kind="stable"):  # the largest gain first
+        row = {"class": these[0].classes[number], "f1_change": (f1 - other_f1)[number].item()}
+        row |= {"correct": hits[number].item(), "other_correct": other_hits[number].item()}
+        classes.append(row)
+    correct = np.stack([run.correct for run in these])
+    other_correct = np.stack([run.correct for run in others])
+    comparison = compare_accuracies(correct, other_correct)
+    return comparison | {"classes": classes, "different_constants": settings}
 
 
 def differences(run: Result, other: Result) -> dict[str, dict]:
@@ -463,24 +523,29 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     (tests/test_compare.py). A single run a side has the images' part alone, and McNemar's exact
     test (1947, doi:10.1007/BF02295996).
     """
-    sides, per_image = (correct, other_correct), correct.mean(0) - other_correct.mean(0)
-    noise = np.concatenate([side - side.mean(0) for side in sides])  # (runs of both, N)
-    count, freedom = len(per_image), max(len(noise) - 2, 1)
+    runs, other_runs, count = len(correct), len(other_correct), correct.shape[1]
+    per_image = correct.mean(0) - other_correct.mean(0)
+    difference = per_image.mean()
+    noise = np.concatenate([side - side.mean(0) for side in (correct, other_correct)])
+    freedom = max(runs + other_runs - 2, 1)
     run_variance = np.square(noise.mean(1)).sum() / freedom
     noise_variance = noise.var(1, ddof=1).sum() / freedom / count
-    more = np.arange(101)  # runs of each recipe than there are
-    inverse = sum(1 / (len(side) + more) for side in sides)
-    images = max(per_image.var(ddof=1) / count - noise_variance * inverse[0], 0)
-    runs = (run_variance or noise_variance) * inverse  # accuracies that are equal are so by chance
-    share = (runs / (runs + images).clip(1e-30)).clip(1e-9)
-    widths = stats.t.ppf(0.975, (freedom + 2 * more) / share) * np.sqrt(runs + images)
-    difference = per_image.mean()
-    interval = [difference - widths[0], difference + widths[0]]
+    run_variance = run_variance or noise_variance  # accuracies that are equal are so by chance
+    of_images = per_image.var(ddof=1) / count - noise_variance * (1 / runs + 1 / other_runs)
+    of_images = max(of_images, 0)
+
+    def width(more: int) -> float:
+        """Half of the interval with so many more runs of each recipe."""
+        of_runs = run_variance * (1 / (runs + more) + 1 / (other_runs + more))
+        share = max(of_runs / max(of_runs + of_images, 1e-30), 1e-9)
+        return stats.t.ppf(0.975, (freedom + 2 * more) / share) * np.sqrt(of_runs + of_images)
+
+    interval = [difference - width(0), difference + width(0)]
     comparison = {"difference": difference, "difference_interval_95": interval}
-    if len(noise) > 2:  # how many more would settle a difference of this size, if it is real
-        settled = widths < abs(difference)
-        return comparison | {"more_seeds": settled.argmax().item() if settled.any() else None}
-    gained, lost = ((per_image == x).sum().item() for x in (1, -1))
+    if runs + other_runs > 2:  # how many more would settle a difference of this size, if it is real
+        settled = (more for more in range(101) if width(more) < abs(difference))
+        return comparison | {"more_seeds": next(settled, None)}
+    gained, lost = (per_image == 1).sum().item(), (per_image == -1).sum().item()
     p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     return comparison | {"only_this_correct": gained, "only_other_correct": lost, "mcnemar_p": p}
 
@@ -492,88 +557,81 @@ def largest_changes(comparison: dict, count: int) -> list[dict]:
     return rose[:count] + fell[-count:]
 
 
-def print_comparison(these: list[Result], others: list[Result], comparison: dict) -> None:
-    """Prints what differs between these runs and the others, and how certain that is."""
-    changes, paired = largest_changes(comparison, 5), len(these) == 1
+def print_changes(comparison: dict) -> None:
+    """Prints the classes that changed most."""
+    changes = largest_changes(comparison, 5)
     line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
     title = "largest changes in F1, with correct images" if changes else "F1: no class has changed"
     print(f"\n{title}", *(line.format(**row) for row in changes), sep="\n")
-    print()
+
+
+def describe_comparison(
+    these: list[Result], others: list[Result], comparison: dict
+) -> list[tuple[str, str]]:
+    """Labelled lines: what differs between these runs and the others, and how certain that is."""
+    paired = len(these) == 1
+    this, other = ([100 * run.correct.mean() for run in runs] for runs in (these, others))
+    lines = []
     if paired:
         checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
-        utils.say("compared", f"with {others[0].folder}: {checkpoint}")
-    other, this = ([100 * run.correct.mean() for run in runs] for runs in (others, these))
-    for run, accuracy in zip(() if paired else (*others, *these), other + this):
-        name, seed = "this" if run in these else "other", run.summary["constants"]["seed"]
-        utils.say(name, f"top-1 {accuracy:.2f} %, SEED {seed}: {run.folder}")
-    utils.say("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %")
+        lines.append(("compared", f"with {others[0].folder}: {checkpoint}"))
+    else:
+        lines += [("other", describe_run(run)) for run in others]
+        lines += [("this", describe_run(run)) for run in these]
+    lines.append(("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %"))
     low, high = (100 * x for x in comparison["difference_interval_95"])
     kind = "paired 95 % interval" if paired else "95 % interval over seeds and images"
     change = f"{100 * comparison['difference']:+.2f} points"
-    utils.say("change", f"{change}, {kind} {low:+.2f} to {high:+.2f} points")
+    lines.append(("change", f"{change}, {kind} {low:+.2f} to {high:+.2f} points"))
     if paired:
         p = comparison["mcnemar_p"]
         test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
         counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
-        utils.say("images", f"{counts.format(**comparison)}; {test}")
+        lines.append(("images", f"{counts.format(**comparison)}; {test}"))
     else:
         spreads = f"other {np.std(other, ddof=1):.2f}, this {np.std(this, ddof=1):.2f} points"
-        utils.say("seeds", f"standard deviation: {spreads}")
+        lines.append(("seeds", f"standard deviation: {spreads}"))
     notes = {"tta": " (averaging two views changes the accuracy by itself)"}
     notes["holdout_per_class"] = " (with 0, these images selected the checkpoint: optimistic)"
     for name, values in comparison["different_constants"].items():
         text = "other {other!r}, this {this!r}".format(**values)
-        utils.say("differs", f"{name.upper()}: {text}{notes.get(name, '')}")
+        lines.append(("differs", f"{name.upper()}: {text}{notes.get(name, '')}"))
     if paired:
-        utils.say(
-            "caution", "two checkpoints, not two recipes: another SEED changes the accuracy too"
-        )
-    elif low <= 0 <= high:
+        caution = "two checkpoints, not two recipes: another SEED changes the accuracy too"
+        return [*lines, ("caution", caution)]
+    if low <= 0 <= high:
         more = comparison["more_seeds"]
         many = f"about {more}" if more else "over 100"
         seeds = f"{many} more seed{'s' * (more != 1)} of each recipe"
-        utils.say("verdict", f"not known yet: {seeds} would settle a difference of this size")
+        verdict = f"not known yet: {seeds} would settle a difference of this size"
     else:
-        utils.say("verdict", f"this recipe is {'better' if low > 0 else 'worse'} than the other")
+        verdict = f"this recipe is {'better' if low > 0 else 'worse'} than the other"
+    return [*lines, ("verdict", verdict)]
+
+
+def describe_run(run: Result) -> str:
+    """Its accuracy, seed and folder."""
+    seed = run.summary["constants"]["seed"]
+    return f"top-1 {100 * run.correct.mean():.2f} %, SEED {seed}: {run.folder}"
 
 
 # ---- copies and wrong labels --------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
-    """A test image and its likeliest copy: a row of duplicates.csv, and the pixels."""
+class Row(NamedTuple):
+    """A row of duplicates.csv or suspect_labels.csv, and the pictures that it is about."""
 
-    test_image: str
-    training_image: str
-    similarity: float
-    test_label: str
-    training_label: str
-    same_label: bool
-    pixels: tuple[Tensor, Tensor]
-
-
-class Suspect(NamedTuple):
-    """An image whose label is probably wrong: a row of suspect_labels.csv, and the pixels."""
-
-    part: str
-    image: str
-    label: str
-    likelier_label: str
-    probability: float
-    likelier_probability: float
-    pixels: Tensor
+    values: list
+    pictures: list[Tensor]
 
 
 class DataCheck(NamedTuple):
     """What --check-data finds."""
 
-    trained: int  # images trained on
-    identical: list[list[tuple]]  # groups of equal images: part, image and label of each
-    copies: list[Pair]  # more similar than the threshold, the most similar first
-    others: list[Pair]  # the next 12, which are no copies
-    threshold: float
+    facts: dict  # what metrics.json holds as "data_check"
     copied: np.ndarray  # whether a test image has a copy (N,)
-    suspects: list[Suspect]  # test images, then training images; the most suspect first
+    pairs: list[Row]  # each test image with its likeliest copy, the most similar first
+    suspects: list[Row]  # labels of test images, then of training images; the worst first
 
 
 def check_data(
@@ -584,54 +642,88 @@ def check_data(
     Test labels are judged by the network's probabilities (N, num_classes), training labels by heads
     on its initial features, each head on images that it was not trained on.
     """
-    classes, progress, test = classifier.classes, utils.is_first(), test.named()
+    classes, progress = classifier.classes, utils.is_first()
+    test, train = test.named(), train.named()
     network, images, features = load_initial_network(classifier), [], []
     for split in (test, train):
         images.append(data.place(split.images, classifier.device))
         loader = classifier.load(images[-1])
         features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
-    partner, similarity, threshold = data.find_copies(*images, *features, progress)
+    partner, similarity, alike = data.find_copies(*images, *features, progress)
+    pairs = list_pairs(test, train, partner.tolist(), similarity.tolist(), classes)
     labels = train.labels.to(classifier.device)
-    heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress)
-    suspects = find_suspects("test", test, probabilities, classes)
-    suspects += find_suspects("training", train, heads.cpu(), classes)
+    heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress).cpu()
+    suspects = list_suspects("test", test, probabilities, classes)
+    training_suspects = list_suspects("training", train, heads, classes)
+    rare = (train.labels.bincount(minlength=len(classes)) < 5).nonzero().flatten().tolist()
+    copied = similarity.cpu().numpy() > data.COPY_SIMILARITY
+    copies = [row.values for row in pairs[: copied.sum()]]
+    facts = {
+        "images_trained_on": len(train.labels),
+        "test_images": len(test.labels),
+        "identical": list_identical(test, train, classes),
+        "undecided": alike > data.ALIKE,
+        "alike": alike,
+        "threshold": data.COPY_SIMILARITY,
+        "copies": len(copies),
+        "copies_with_another_label": sum(values[3] != values[4] for values in copies),
+        "suspect_labels": {"test": len(suspects), "training": len(training_suspects)},
+        "classes_too_small_to_judge": [classes[number] for number in rare],
+    }
+    return DataCheck(facts, copied, pairs, suspects + training_suspects)
 
-    partner, similarity = partner.tolist(), similarity.cpu().numpy()
-    pairs = []
-    for index in np.argsort(-similarity, kind="stable"):
+
+def list_pairs(
+    test: data.Split,
+    train: data.Split,
+    partner: list[int],
+    similarity: list[float],
+    classes: list[str],
+) -> list[Row]:
+    """A row for every test image and its partner among the training images."""
+    rows = []
+    for index in np.argsort(-np.array(similarity), kind="stable").tolist():
         other = partner[index]
-        names, alike = (test.files[index], train.files[other]), similarity[index].item()
-        labels = classes[test.labels[index]], classes[train.labels[other]]
-        pixels = test.images[index], train.images[other]
-        pairs.append(Pair(*names, alike, *labels, labels[0] == labels[1], pixels))
-    copied = similarity > threshold
-    copies, others = pairs[: copied.sum()], pairs[copied.sum() :][:12]
-    named = [
-        (part, name, classes[label])
+        names = [test.files[index], train.files[other]]
+        labels = [classes[test.labels[index]], classes[train.labels[other]]]
+        values = [*names, similarity[index], *labels, labels[0] == labels[1]]
+        rows.append(Row(values, [test.image(index), train.image(other)]))
+    return rows
+
+
+def list_identical(test: data.Split, train: data.Split, classes: list[str]) -> list[list[list]]:
+    """Groups of equal images: part, image and label of each."""
+    images = [
+        [part, name, classes[label]]
         for part, split in (("test", test), ("training", train))
         for name, label in zip(split.files, split.labels.tolist())
     ]
     groups = data.find_identical(test, train)
-    identical = [[named[number] for number in group] for group in groups]
-    return DataCheck(len(train.labels), identical, copies, others, threshold, copied, suspects)
+    return [[images[number] for number in group] for group in groups]
 
 
-def find_suspects(
+def list_suspects(
     part: str, split: data.Split, probabilities: Tensor, classes: list[str]
-) -> list[Suspect]:
-    """Images whose label has a probability below 1 %, of probabilities (N, num_classes).
+) -> list[Row]:
+    """A row for every image whose label is probably wrong, by probabilities (N, num_classes).
 
-    The lowest first: "self-confidence" of Northcutt et al. 2021, "Confident learning", arXiv
-    1911.00068. In folders of 1,000 pictures, 20 of them with a wrong label, 27 were below 1 %, 15
-    of the wrong ones among them.
+    A class's threshold is the mean probability of it for the images with that label: Northcutt et
+    al. 2021, "Confident learning", arXiv 1911.00068. A label is suspect if its probability is below
+    a tenth of its own threshold while another class reaches that class's. NaN: not judged.
     """
-    own, best = probabilities.gather(1, split.labels[:, None])[:, 0], probabilities.max(1)
-    suspects = []
-    for index in own.argsort(stable=True)[: (own < 0.01).sum()].tolist():
-        names = split.files[index], classes[split.labels[index]], classes[best.indices[index]]
-        chances = own[index].item(), best.values[index].item()
-        suspects.append(Suspect(part, *names, *chances, split.images[index]))
-    return suspects
+    own = probabilities.gather(1, split.labels[:, None])[:, 0]
+    count = split.labels.bincount(minlength=len(classes))
+    thresholds = own.new_zeros(len(classes)).index_add(0, split.labels, own) / count
+    likelier = probabilities.where(probabilities >= thresholds, 0).max(1)
+    share = own / thresholds[split.labels]
+    rows = []
+    for index in share.argsort(stable=True).tolist():
+        if share[index] < 0.1 and likelier.values[index] > 0:
+            labels = [classes[split.labels[index]], classes[likelier.indices[index]]]
+            chances = [own[index].item(), likelier.values[index].item()]
+            values = [part, split.files[index], *labels, *chances]
+            rows.append(Row(values, [split.image(index)]))
+    return rows
 
 
 def load_initial_network(classifier: Classifier) -> nn.Module:
@@ -642,115 +734,98 @@ def load_initial_network(classifier: Classifier) -> nn.Module:
     """
     architecture, name = (classifier.constants[x] for x in ("architecture", "weights"))
     path = resnet.find_weights(architecture, name)
+    effect = "the network's own features, training labels that it has learnt do not look wrong"
     if not path.is_file():
-        effect = "training labels that it has learnt by heart do not look wrong"
-        utils.say("note", f"no file of weights {name!r}: the network's own features, {effect}")
+        utils.say("note", f"no file of weights {name!r}: {effect}")
         return classifier.model
     with utils.explained_misfit(path, architecture):
         weights = utils.load_safely(path, zip_only=False)
         model = resnet.build_model(architecture, len(classifier.classes))
         resnet.load_pretrained(model, resnet.unwrap_weights(weights), with_head=False)
+    begun = classifier.checkpoint.get("weights_checksum")  # which older ones lack
+    if begun and begun != resnet.checksum(model):
+        utils.say("note", f"{path} has changed since training began: {effect}")
+        return classifier.model
     return model.to(classifier.device, memory_format=data.memory_format(classifier.device))
 
 
-def summarize_check(check: DataCheck, result: Result, others: list[Result]) -> dict:
-    """What metrics.json holds as "data_check"."""
-    correct, kept = result.correct, ~check.copied
-    parts = [suspect.part for suspect in check.suspects]
-    summary = {
-        "images_trained_on": check.trained,
-        "identical": check.identical,
-        "copies": len(check.copies),
-        "copies_with_another_label": sum(not pair.same_label for pair in check.copies),
-        "threshold": check.threshold,
-        "suspect_labels": {part: parts.count(part) for part in ("test", "training")},
-    }
-    if check.copies:
-        summary["accuracy_on_copies"] = correct[check.copied].mean()
+def score_without_copies(check: DataCheck, result: Result, others: list[Result]) -> dict:
+    """The accuracy on copies and on the other test images; nothing if copies are undecided."""
+    copied, kept, scores = check.copied, ~check.copied, {}
+    if check.facts["undecided"]:
+        return scores
+    if copied.any():
+        scores["accuracy_on_copies"] = result.correct[copied].mean()
     if kept.any():
-        labels, predicted = result.labels[kept], result.predicted[kept]
-        matrix = metrics.confusion_matrix(labels, predicted, labels=range(len(result.classes)))
-        summary["without_copies"] = {
-            "images": len(labels),
-            "top1_accuracy": correct[kept].mean(),
-            "interval_95": bootstrap_intervals(matrix)["top1_accuracy"],
+        cells = count_cells(result.labels[kept], result.predicted[kept])
+        intervals = bootstrap_intervals(cells, len(result.classes))
+        scores["without_copies"] = {
+            "images": kept.sum().item(),
+            "top1_accuracy": result.correct[kept].mean(),
+            "interval_95": intervals["top1_accuracy"],
         }
-        if others:
-            pair = (run.correct[None, kept] for run in (result, others[0]))
-            summary["without_copies"]["comparison"] = compare_accuracies(*pair)
-    return summary
+    if others and kept.sum() > 1:
+        correct = [run.correct[None, kept] for run in (result, others[0])]
+        scores["without_copies"]["comparison"] = compare_accuracies(*correct)
+    return scores
 
 
-def print_check(check: DataCheck, summary: dict) -> None:
-    """Prints the accuracy without the test images that have copies, and what looks wrong."""
-    figures, differ = summary["data_check"], [x for x in check.copies if not x.same_label]
-    if differ:
+def print_copies(check: DataCheck) -> None:
+    """Prints the copies whose label differs from that of the training image."""
+    copies = [row.values for row in check.pairs[: check.facts["copies"]]]
+    differ = [values for values in copies if values[3] != values[4]]
+    if differ and not check.facts["undecided"]:
         print("\ncopies with another label: similarity, test image | training image")
-        for name, other, similarity, label, other_label, *_ in differ[:10]:
+        for name, other, similarity, label, other_label, _ in differ[:10]:
             print(f"{similarity:8.3f}  {name} {label} | {other} {other_label}")
-    print()
-    across, unlike = (
-        sum(len({image[column] for image in group}) > 1 for group in check.identical)
-        for column in (0, 2)  # part, label
-    )
-    counts = f"{across} in both parts, {unlike} with different labels"
-    utils.say("exact", f"{len(check.identical)} groups of equal images, {counts}")
-    found = f"{len(check.copies):,} of {summary['images']:,} test images have a near-duplicate"
-    found += f" among the {check.trained:,} images trained on"
-    if check.copies:
-        found += f"; accuracy on them {100 * figures['accuracy_on_copies']:.2f} %"
-    utils.say("copies", found)
-    if rest := figures.get("without_copies"):
+
+
+def describe_check(check: DataCheck) -> list[tuple[str, str]]:
+    """Labelled lines: the accuracy without the test images that have copies, and what looks wrong."""
+    facts = check.facts
+    across = [group for group in facts["identical"] if len({part for part, *_ in group}) > 1]
+    unlike = [group for group in facts["identical"] if len({label for *_, label in group}) > 1]
+    counts = f"{len(across)} in both parts, {len(unlike)} with different labels"
+    lines = [("exact", f"{len(facts['identical'])} groups of equal images, {counts}")]
+    found = f"{facts['copies']:,} of {facts['test_images']:,} test images have a "
+    if facts["undecided"]:
+        found += f"training image with a similarity above {facts['threshold']}, which proves "
+        found += f"nothing here: so has the 11th nearest for {100 * facts['alike']:.1f} % of them"
+        advice = "frames of one scene are copies, scans of one form are not: look at the pairs"
+        lines += [("copies", f"undecided: {found}"), ("note", advice)]
+    else:
+        found += f"near-duplicate among the {facts['images_trained_on']:,} images trained on"
+        if "accuracy_on_copies" in facts:
+            found += f"; accuracy on them {100 * facts['accuracy_on_copies']:.2f} %"
+        lines.append(("copies", found))
+        if facts["copies_with_another_label"]:
+            differ = f"{facts['copies_with_another_label']} copies have another label"
+            lines.append(("labels", f"{differ}: one of the two is wrong"))
+    if rest := facts.get("without_copies"):
         low, high = (100 * x for x in rest["interval_95"])
-        accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} %"
-        interval = f"95 % interval {low:.2f} to {high:.2f} %"
-        utils.say("without", f"{accuracy} on the other {rest['images']:,}, {interval}")
-        if paired := rest.get("comparison"):
-            low, high = (100 * x for x in paired["difference_interval_95"])
-            change = f"{100 * paired['difference']:+.2f} points without copies"
-            utils.say("change", f"{change}, paired 95 % interval {low:+.2f} to {high:+.2f} points")
-    if differ:
-        utils.say("labels", f"{len(differ)} copies have another label: one of the two is wrong")
-    counts = "{test:,} test and {training:,} training labels".format(**figures["suspect_labels"])
-    utils.say("suspect", f"{counts} have a probability below 1 %: see suspect_labels.csv")
-    if check.threshold > data.COPY_SIMILARITY:
-        usual = f"instead of {data.COPY_SIMILARITY}: other images are very similar too"
-        utils.say("note", f"copies are those with a similarity above {check.threshold:.3f} {usual}")
+        accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} % on the other {rest['images']:,}"
+        lines.append(("without", f"{accuracy}, 95 % interval {low:.2f} to {high:.2f} %"))
+        if "comparison" in rest:
+            low, high = (100 * x for x in rest["comparison"]["difference_interval_95"])
+            change = f"{100 * rest['comparison']['difference']:+.2f} points without copies"
+            interval = f"paired 95 % interval {low:+.2f} to {high:+.2f} points"
+            lines.append(("change", f"{change}, {interval}"))
+    counts = "{test:,} test and {training:,} training labels".format(**facts["suspect_labels"])
+    lines.append(("suspect", f"{counts} are probably wrong: see suspect_labels.csv"))
+    if rare := len(facts["classes_too_small_to_judge"]):
+        text = f"training labels of {rare} classes with fewer than 5 images are not judged"
+        lines.append(("note", text))
+    return lines
 
 
 def write_check(check: DataCheck, folder: Path) -> None:
-    """Writes the tables and pictures of --check-data."""
-    names, figures = ("duplicates", "suspect_labels"), (draw_copies(check), draw_suspects(check))
-    tables = (Pair, check.copies), (Suspect, check.suspects)
-    for name, (row, rows), figure in zip(names, tables, figures):
-        write_csv(folder / f"{name}.csv", row._fields[:-1], [x[:-1] for x in rows])
-        if figure:
-            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-
-
-def draw_copies(check: DataCheck) -> Figure:
-    """The 24 most similar pairs, the 12 just above the threshold, and the 12 just below it."""
-    tiles, captions = [], []
-    for pair in [*check.copies[:24], *check.copies[24:][-12:], *check.others]:
-        padding = pair.pixels[0].shape[-1] // 16
-        tiles.append(make_grid(torch.stack(pair.pixels), padding=padding, pad_value=255))
-        verdict = "copy" if pair.similarity > check.threshold else "no copy"
-        labels = f"test: {pair.test_label}\ntraining: {pair.training_label}"
-        captions.append(f"{verdict}, {pair.similarity:.3f}\n{labels}")
-    return draw_tiles(tiles, captions, columns=6, width=2)
-
-
-def draw_suspects(check: DataCheck) -> Figure | None:
-    """The 24 most suspect test images and the 24 most suspect training images, if there are any."""
-    chosen = [x for x in check.suspects if x.part == "test"][:24]
-    chosen += [x for x in check.suspects if x.part == "training"][:24]
-    captions = [
-        f"{x.part}: {x.label}\nlikelier: {x.likelier_label}\n"
-        f"{100 * x.probability:.2f} and {100 * x.likelier_probability:.1f} %"
-        for x in chosen
-    ]
-    tiles = [x.pixels for x in chosen]
-    return draw_tiles(tiles, captions, columns=6, width=2) if tiles else None
+    """Writes the tables of --check-data."""
+    header = ["test_image", "training_image", "similarity"]
+    header += ["test_label", "training_label", "same_label"]
+    copies = check.pairs[: check.facts["copies"]]
+    write_csv(folder / "duplicates.csv", header, [row.values for row in copies])
+    header = ["part", "image", "label", "likelier_label", "probability", "likelier_probability"]
+    write_csv(folder / "suspect_labels.csv", header, [row.values for row in check.suspects])
 
 
 # ---- tables and pictures ------------------------------------------------------------------------
@@ -777,10 +852,17 @@ def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
         ) from error
 
 
+def open_csv(path: Path) -> TextIO:
+    """A text file to write a table into. Names that are not UTF-8 keep their bytes."""
+    return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
 def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
-    """Writes a header and rows as a CSV file. Names that are not UTF-8 keep their bytes."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    """Writes a header and rows as a CSV file."""
+    with open_csv(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
 
 
 def write_tables(result: Result, report: str, files: Sequence[str], folder: Path) -> None:
@@ -791,39 +873,52 @@ def write_tables(result: Result, report: str, files: Sequence[str], folder: Path
     header = ["class", "precision", "recall", "f1-score", "support"]
     rows = zip(result.classes, *result.scores, result.support)
     write_csv(folder / "classification_report.csv", header, rows)
-    rows = [[name, *counts] for name, counts in zip(result.classes, result.matrix)]
-    write_csv(folder / "confusion_matrix.csv", ["true/predicted", *result.classes], rows)
+    header = ["true/predicted", *result.classes]
+    write_csv(folder / "confusion_matrix.csv", header, list_matrix_rows(result))
+    header = ["index", "label", "predicted", "confidence", "class", "predicted_class"]
     columns = [range(len(result.labels)), result.labels, result.predicted, result.confidence]
-    header = ["index", "label", "predicted", "confidence"]
+    columns += [[result.classes[i] for i in x] for x in (result.labels, result.predicted)]
     if files:
         columns, header = [*columns, files], [*header, "file"]
     write_csv(folder / "predictions.csv", header, zip(*columns))
 
 
-def write_pictures(result: Result, images: Tensor, others: list[Result], folder: Path) -> None:
-    """Draws and writes every picture for which there is something to draw."""
-    summary = result.summary
-    names, matrix, groups = result.classes, result.matrix, []
-    if names == data.CLASSES:
+def list_matrix_rows(result: Result) -> Iterator[list]:
+    """Each class's name and row of the confusion matrix, which is never in memory as a whole."""
+    for number, name in enumerate(result.classes):
+        predicted = result.predicted[result.labels == number]
+        yield [name, *np.bincount(predicted, minlength=len(result.classes))]
+
+
+def list_outdated() -> list[str]:
+    """Files of an earlier evaluation that this one may not have, and what earlier versions drew."""
+    names = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
+    names += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
+    return f"{names} duplicates.png suspect_labels.png".split()
+
+
+def draw_pictures(result: Result, others: list[Result], folder: Path) -> None:
+    """Draws and writes the pictures for which there is something to draw."""
+    per_cell = -(-len(result.classes) // 1000)  # or it would need gigabytes
+    matrix, names, groups = count_matrix(result, per_cell), result.classes[::per_cell], []
+    if result.classes == data.CLASSES:
         names, groups = [*chain(*data.SUPERCLASSES.values())], list(data.SUPERCLASSES)
         matrix = data.by_superclass(matrix)
-    figures = {
-        "confusion_matrix": draw_matrix(matrix, names, groups),
-        "per_class": draw_f1(result),
-        "reliability": draw_reliability(result),
-        "superclass_confusion_matrix": groups
-        and draw_matrix(data.count_superclasses(matrix), groups),
-        "comparison": others and draw_comparison([result], others, summary["comparison"]),
-        "most_confused": result.pairs and draw_pairs(result, images),
-        "mistakes": result.pairs and draw_mistakes(result, images),
-        "training_curves": summary["history"]
-        and utils.draw_curves(summary["history"], summary["constants"]["watch"]),
-    }
-    for name, figure in figures.items():
-        if figure:
-            figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        elif name in ("most_confused", "mistakes", "training_curves"):
-            utils.say("note", f"nothing to draw in {name}.png")
+        superclasses = draw_matrix(data.count_superclasses(matrix), groups)
+        save_picture(superclasses, folder / "superclass_confusion_matrix.png")
+    save_picture(draw_matrix(matrix, names, groups), folder / "confusion_matrix.png")
+    if others:
+        figure = draw_comparison([result], others, result.summary["comparison"])
+        save_picture(figure, folder / "comparison.png")
+    if history := result.summary["history"]:
+        figure = utils.draw_curves(history, result.summary["constants"]["watch"])
+        save_picture(figure, folder / "training_curves.png")
+    else:
+        utils.say("note", "nothing to draw in training_curves.png")
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -876,83 +971,12 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
     return figure
 
 
-def draw_tiles(images: Sequence, captions: list[str], columns: int, width: float) -> Figure:
-    """Images uint8 (3, H, W) of one size, each width inches wide under its caption."""
-    rows, lines = -(-len(images) // columns), captions[0].count("\n") + 1
-    height = width * images[0].shape[1] / images[0].shape[2] + 0.19 * lines
-    figure, captions = new_figure(width * columns, height * rows), legible(captions)
-    for position, (image, caption) in enumerate(zip(images, captions), start=1):
-        axes = figure.add_subplot(rows, columns, position)
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(caption, fontsize=9, loc="left")
-        axes.axis("off")
-    return figure
-
-
-def draw_mistakes(result: Result, images: Tensor) -> Figure:
-    """The 24 mistakes with the highest confidence."""
-    indices = result.most_confident[~result.correct[result.most_confident]][:24]
-    names, percent = result.classes, 100 * result.confidence
-    captions = [
-        f"true: {names[result.labels[i]]}\npredicted: {names[result.predicted[i]]}\n"
-        f"confidence: {percent[i]:.2f} %"
-        for i in indices
-    ]
-    return draw_tiles(images[indices], captions, columns=6, width=2)
-
-
-def draw_pairs(result: Result, images: Tensor) -> Figure:
-    """A row per pair: three images of each class and, between them, three taken for the other."""
-    strips, captions, names, size = [], [], result.classes, images.shape[-1]
-    for pair in result.pairs[:8]:
-        a, b = names.index(pair["true"]), names.index(pair["taken_for"])
-        for label, predicted in (a, a), (a, b), (b, a), (b, b):
-            mask = (result.labels == label) & (result.predicted == predicted)
-            chosen = result.most_confident[mask[result.most_confident]][:3]
-            strip = images.new_full((3, 3, size, size), 255)  # white
-            strip[: len(chosen)] = images[chosen]
-            strips.append(make_grid(strip, padding=size // 16, pad_value=255))
-            mistake = f"taken for {names[predicted]}" if label != predicted else "recognised"
-            captions.append(f"{names[label]} {mistake}: {mask.sum()}")
-    return draw_tiles(strips, captions, columns=4, width=3)
-
-
-def draw_f1(result: Result) -> Figure:
-    """F1 of every class that has test images, the worst first, 25 per column."""
-    worst, names = result.worst_first, np.array(result.classes)
-    columns = [worst[start : start + 25] for start in range(0, len(worst), 25)]
-    figure = new_figure(max(6, 3.5 * len(columns)), 1 + 0.24 * len(columns[0]))
-    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        draw_bars(axes, names[column], result.f1[column], "%.2f", color="steelblue")
-        axes.set(xlabel="F1", xlim=(0, 1.15), ylim=(len(columns[0]) - 0.5, -0.5))
-    return figure
-
-
 def draw_bars(axes: Axes, names: Sequence, values: Sequence, number: str, **style) -> None:
     """Horizontal bars, each with its name and its number in this format."""
     bars = axes.barh(range(len(names)), values, **style)
     axes.bar_label(bars, fmt=number, padding=2)
     axes.set_yticks(range(len(names)), legible(names))
     sns.despine(ax=axes)
-
-
-def draw_reliability(result: Result) -> Figure:
-    """Accuracy by confidence, against the diagonal, and the fraction of images in each bin."""
-    images, accuracy, error = calibrate(result)
-    width = 1 / len(images)
-    middles = width * (np.arange(len(images)) + 0.5)
-    style = {"width": width, "color": "steelblue", "edgecolor": "white"}
-    figure = new_figure(6, 7)
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    upper.bar(middles, accuracy, label="measured", **style)
-    upper.plot([0, 1], [0, 1], "k--", label="calibrated: accuracy = confidence")
-    upper.set(title=f"expected calibration error {100 * error:.2f} %", ylabel="accuracy")
-    upper.set_ylim(0, 1)
-    lower.bar(middles, images / images.sum(), **style)
-    lower.set(xlabel="confidence: softmax of the predicted class", xlim=(0, 1))
-    lower.set_ylabel("fraction of images")
-    figure.legend(loc="outside lower center", ncols=2)
-    return figure
 
 
 def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
@@ -994,33 +1018,515 @@ def open_window(path: Path) -> None:
         utils.say("note", f"no window: {error}")
 
 
+# ---- a page to look at --------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """A part of a page: labelled lines, a table that a click on a column sorts, and pictures."""
+
+    title: str
+    lines: Sequence[tuple[str, str]] = ()
+    header: Sequence[str] = ()
+    rows: Sequence[list] = ()  # of texts, or [text, address within the page]
+    figures: Sequence[tuple[list[Tensor], list[str]]] = ()  # images side by side, their caption
+
+
+def write_report(
+    result: Result,
+    test: data.Split,
+    others: list[Result],
+    check: DataCheck | None,
+    lines: dict[str, list[tuple[str, str]]],
+    folder: Path,
+) -> None:
+    """Writes report.html: the numbers, and the images behind them."""
+    summary, order = result.summary, order_by_interest(result)
+    images = {
+        "name": [test.files[i] if test.files else str(i) for i in order],
+        "label": result.labels[order].tolist(),
+        "predicted": result.predicted[order].tolist(),
+        "confidence": result.confidence[order].round(4).tolist(),
+    }
+    if others:
+        images["other"] = others[0].predicted[order].tolist()
+    chosen = "selected the checkpoint: optimistic"
+    if not summary["test_images_chose_checkpoint"]:
+        chosen = "did not select the checkpoint"
+    measured = ("images", f"{summary['images']:,} of {summary['dataset']}, which {chosen}")
+    page = {
+        "title": f"{summary['checkpoint']}, epoch {summary['epoch']}",
+        "lines": [measured, *lines["numbers"], *lines.get("comparison", [])],
+        "classes": result.classes,
+        "order": list(range(len(result.classes))),
+        "groups": [],
+        "cells": result.cells.T.tolist(),
+        "support": result.support.tolist(),
+        "comparison": summary.get("comparison"),
+    }
+    if result.classes == data.CLASSES:
+        page["order"] = data.superclass_order()
+        page["groups"] = [[name, len(members)] for name, members in data.SUPERCLASSES.items()]
+    if (curves := folder / "training_curves.png").exists():
+        page["curves"] = as_url("image/png", curves.read_bytes())
+    sections = list_tables(result)
+    if check:
+        sections += list_galleries(check, lines["check"])
+    write_page(folder / "report.html", page, sections, images, [test.image(i) for i in order])
+
+
+def order_by_interest(result: Result) -> list[int]:
+    """The images for the page, which may not have room for all, the most wanted first."""
+    surest, seen, rank = result.most_confident, Counter(), []
+    wrong, right = surest[~result.correct[surest]], surest[result.correct[surest]]
+    for label in result.labels[right].tolist():
+        rank.append(seen[label])
+        seen[label] += 1
+    right = right[np.argsort(rank, kind="stable")]  # the surest of each class, then the second ...
+    return np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])[
+        :20_000
+    ].tolist()
+
+
+def list_tables(result: Result) -> list[Section]:
+    """The classes, the pairs most confused, and how far confidence is accuracy."""
+    absent = np.flatnonzero(result.support == 0)
+    changes = {}
+    if comparison := result.summary.get("comparison"):
+        changes = {row["class"]: row["f1_change"] for row in comparison["classes"]}
+    header, rows = ["class", "precision", "recall", "F1", "images"], []
+    for i in [*result.worst_first, *absent]:
+        scores = [f"{score:.3f}" for score in result.scores[:, i]]
+        rows.append([[result.classes[i], f"#class={i}"], *scores, str(result.support[i])])
+        if changes:
+            rows[-1].append(f"{changes[result.classes[i]]:+.3f}")
+    classes = Section("Classes", [], [*header, "F1 change"] if changes else header, rows)
+    rows = []
+    for pair in result.pairs[:100]:
+        a, b = result.classes.index(pair["true"]), result.classes.index(pair["taken_for"])
+        counts = [
+            [str(pair["images"]), f"#cell={a},{b}"],
+            [str(pair["other_way"]), f"#cell={b},{a}"],
+        ]
+        rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], *counts])
+    header = ["class", "taken for", "images", "the other way"]
+    pairs = Section("Most confused pairs", [], header, rows)
+    rows, (images, accuracy, _) = [], calibrate(result)
+    for i in np.flatnonzero(images):
+        middle = (i + 0.5) / len(images)
+        rows.append([f"{middle:.2f}", f"{accuracy[i]:.2f}", f"{images[i]:.0f}"])
+    header = ["confidence", "accuracy", "images"]
+    return [
+        classes,
+        pairs,
+        Section("Reliability: is the confidence the accuracy?", [], header, rows),
+    ]
+
+
+def list_galleries(check: DataCheck, lines: list[tuple[str, str]]) -> list[Section]:
+    """The most similar pairs, with the first that are no copies, and the most suspect labels."""
+    copies, figures = check.facts["copies"], []
+    for row in [*check.pairs[: min(copies, 200)], *check.pairs[copies:][:12]]:
+        name, other, similarity, label, other_label, _ = row.values
+        verdict = f"similarity {similarity:.3f}"
+        if not check.facts["undecided"]:
+            verdict += ", a copy" if similarity > check.facts["threshold"] else ", no copy"
+        caption = [verdict, f"test {name}: {label}", f"training {other}: {other_label}"]
+        figures.append((row.pictures, caption))
+    sections = [Section("Copies, beside the training image", lines, figures=figures)]
+    for part in ("test", "training"):
+        suspects = [row for row in check.suspects if row.values[0] == part]
+        figures = []
+        for row in suspects[:150]:
+            _, name, label, likelier, own, best = row.values
+            caption = [f"{label}? {100 * own:.2f} %", f"{likelier}: {100 * best:.1f} %", name]
+            figures.append((row.pictures, caption))
+        shown = [("shown", f"{len(figures)} of {len(suspects):,}")]
+        sections.append(Section(f"Suspect labels: {part} images", shown, figures=figures))
+    return sections
+
+
+def write_page(
+    path: Path,
+    page: dict,
+    sections: list[Section],
+    columns: dict[str, list] | None = None,
+    images: Sequence[Tensor] = (),
+) -> None:
+    """Writes page_body and page_script with what it shows into one file, which requests nothing.
+
+    columns: what is told of the images. As many of them are shown as there is room for.
+    """
+    figures = [figure for section in sections for figure in section.figures]
+    pictures = [picture for pictures, _ in figures for picture in pictures]
+    side, sheets = make_sheets([*pictures, *images])
+    room = max(side**2 * len(sheets) - len(pictures), 0)
+    content = page | {"side": side, "sheets": sheets, "first_image": len(pictures), "sections": []}
+    content["images"] = {name: column[:room] for name, column in (columns or {}).items()}
+    for section in sections:
+        figures = [[len(pictures), caption] for pictures, caption in section.figures]
+        content["sections"].append(section._replace(figures=figures)._asdict())
+    text = json.dumps(content).replace("<", "\\u003c")  # so that no name ends the element
+    style, script = (as_source(x) for x in (page_style, page_script))
+    policy = f"default-src 'none'; img-src data:; style-src {style}; script-src {script}"
+    path.write_text(
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<style>{page_style}</style></head><body>{page_body}"
+        f'<script type="application/json" id="page">{text}</script>'
+        f"<script>{page_script}</script></body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def make_sheets(images: list[Tensor]) -> tuple[int, list[str]]:
+    """Squares of side x side images uint8 (3, S, S) as JPEGs: side, and their URLs.
+
+    There are fewer than all if they would make the page larger than 8 MB or so.
+    """
+    side, urls, room = min(8, math.ceil(math.sqrt(len(images)))), [], 7_000_000
+    for start in range(0, len(images), side**2 or 1):
+        tiles = shrink(torch.stack(images[start : start + side**2]))
+        square = tiles.new_zeros(side**2, *tiles.shape[1:])
+        square[: len(tiles)] = tiles
+        file = BytesIO()
+        to_pil_image(make_grid(square, side, 0)).save(file, "JPEG", quality=85, subsampling=0)
+        url = as_url("image/jpeg", file.getvalue())
+        room -= len(url)
+        if room < 0:
+            break
+        urls.append(url)
+    return side, urls
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Images (N, 3, S, S) of at most 96 pixels per side."""
+    return images if images.shape[-1] <= 96 else resize(images, [96, 96])
+
+
+def as_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def as_source(text: str) -> str:
+    """How a Content-Security-Policy names the only style or script that it allows."""
+    return f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+page_style = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 0 auto; padding: 0 1rem; max-width: 100rem; }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
+dt { font-weight: bold; }
+dd { margin: 0; overflow-wrap: anywhere; }
+section { min-width: 0; max-width: 100%; }
+/* What stands side by side where there is room: the matrix and its images, the tables. */
+#evaluation, #sections { display: flex; flex-wrap: wrap; gap: 0 2rem; }
+#evaluation[hidden] { display: none; }
+#chosen { flex: 1 20rem; }
+.gallery { width: 100%; }
+.scroll { overflow: auto; max-height: 54rem; }
+#matrix { cursor: crosshair; }
+#tip { min-height: 1.4em; }
+#curves { max-width: 100%; }
+@media (prefers-color-scheme: dark) { #curves { filter: invert(0.9) hue-rotate(180deg); } }
+table { border-collapse: collapse; }
+th, td { padding: 0 0.6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; padding-left: 0; }
+th { position: sticky; top: 0; background: Canvas; }
+th button { border: 0; padding: 0; background: none; font: inherit; cursor: pointer; }
+th[aria-sort=ascending] button::after { content: " \\25b2"; }
+th[aria-sort=descending] button::after { content: " \\25bc"; }
+.figures { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: flex-start; }
+figure { margin: 0; width: 7rem; font-size: 12px; overflow-wrap: anywhere; }
+figure.wide { width: 13rem; }
+.tile { display: inline-block; width: 96px; height: 96px; margin-right: 4px; }
+.tile { image-rendering: pixelated; }
+"""
+
+page_body = """
+<h1 id="title"></h1>
+<dl id="lines"></dl>
+<noscript>This page needs JavaScript. The numbers are in metrics.json, too.</noscript>
+<main>
+  <div id="evaluation" hidden>
+    <section>
+      <h2>Confusion matrix</h2>
+      <p id="tip">Rows are true classes, columns predicted ones. Click on a cell for its images.</p>
+      <div class="scroll"><canvas id="matrix" role="img" aria-label="Confusion matrix. The tables of
+        classes and pairs lead to the same images."></canvas></div>
+    </section>
+    <section id="chosen">
+      <h2 id="which" aria-live="polite"></h2>
+      <p id="links"></p>
+      <div class="scroll"><div class="figures" id="images"></div></div>
+    </section>
+  </div>
+  <div id="sections"></div>
+  <img id="curves" alt="Loss, accuracy and learning rate by epoch" hidden>
+</main>
+"""
+
+page_script = """
+"use strict";
+const page = JSON.parse(document.getElementById("page").textContent);
+const {classes, cells, images, comparison, side} = page;
+const find = id => document.getElementById(id);
+
+// An element; its content, such as a name, is text and never markup.
+function make(name, content = "", attributes = {}) {
+  const node = document.createElement(name);
+  node.append(content);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
+}
+
+function fillLines(list, lines) {
+  for (const [label, text] of lines) list.append(make("dt", label), make("dd", text));
+}
+
+// A cell is a text, or a text and the address that it links to.
+function fillTable(table, header, rows, sorted = -1, step = 1) {
+  const head = make("tr"), body = [];
+  header.forEach((name, column) => {
+    const cell = make("th"), button = make("button", name);
+    button.onclick = () => {
+      const step_now = column == sorted ? -step : 1, text = row => [row[column]].flat()[0];
+      const compare = (a, b) => text(a) - text(b) || text(a).localeCompare(text(b));
+      rows.sort((a, b) => step_now * compare(a, b));
+      fillTable(table, header, rows, column, step_now);
+      table.rows[0].cells[column].firstElementChild.focus();
+    };
+    if (column == sorted) cell.setAttribute("aria-sort", step > 0 ? "ascending" : "descending");
+    cell.append(button);
+    head.append(cell);
+  });
+  for (const row of rows) {
+    const line = make("tr");
+    for (const cell of row) {
+      line.append(make("td", Array.isArray(cell) ? make("a", cell[0], {href: cell[1]}) : cell));
+    }
+    body.push(line);
+  }
+  table.replaceChildren(head, ...body);
+}
+
+// ---- pictures: sheets of side x side tiles, which are numbered over all sheets ------------------
+
+page.sheets.forEach((url, sheet) =>
+  document.styleSheets[0].insertRule(`.sheet${sheet} { background-image: url(${url}) }`));
+
+function makeTile(number, label) {
+  const place = number % side ** 2, percent = 100 / Math.max(side - 1, 1);
+  const sheet = `tile sheet${Math.floor(number / side ** 2)}`;
+  const tile = make("span", "", {role: "img", "aria-label": label, class: sheet});
+  tile.style.backgroundSize = `${100 * side}%`;
+  tile.style.backgroundPositionX = `${percent * (place % side)}%`;
+  tile.style.backgroundPositionY = `${percent * Math.floor(place / side)}%`;
+  return tile;
+}
+
+// Each figure is the numbers of its tiles and the lines of its caption; 200 are shown at a time.
+function showFigures(box, figures, start = 0) {
+  const end = Math.min(start + 200, figures.length);
+  for (const [tiles, lines] of figures.slice(start, end)) {
+    const figure = make("figure"), caption = make("figcaption");
+    for (const line of lines) caption.append(make("div", line));
+    figure.append(...tiles.map(number => makeTile(number, lines[0])), caption);
+    figure.classList.toggle("wide", tiles.length > 1);
+    box.append(figure);
+  }
+  if (end < figures.length) {
+    const more = make("button", `${end} of ${figures.length} shown: show more`);
+    more.onclick = () => { more.remove(); showFigures(box, figures, end); };
+    box.append(more);
+  }
+}
+
+function showSections() {
+  let tile = 0;
+  for (const {title, lines, header, rows, figures} of page.sections) {
+    const section = make("section", make("h2", title)), list = make("dl");
+    fillLines(list, lines);
+    section.append(list);
+    if (header.length) {
+      const table = make("table");
+      fillTable(table, header, rows);
+      section.append(make("div", table, {class: "scroll"}));
+    } else {
+      const box = make("div", "", {class: "figures"}), numbered = [];
+      for (const [count, caption] of figures) {
+        numbered.push([Array.from({length: count}, () => tile++), caption]);
+      }
+      showFigures(box, numbered);
+      section.append(box);
+      section.classList.add("gallery");
+    }
+    find("sections").append(section);
+  }
+}
+
+// ---- the images that the address asks for: #cell=3,7, #pair=3,7, #class=3, #gained, #lost -------
+
+// Returns a title, which images belong to it, by true, predicted and the other's predicted class,
+// and, where the matrix does not tell, how many there are.
+function choose(address) {
+  const [kind, numbers = ""] = address.slice(1).split("="), [a, b = a] = numbers.split(",");
+  if (kind == "gained" && comparison)
+    return ["right only here", (t, p, o) => t == p && t != o, comparison.only_this_correct];
+  if (kind == "lost" && comparison)
+    return ["right only in the other", (t, p, o) => t != p && t == o, comparison.only_other_correct];
+  if (!(a in classes && b in classes)) return ["mistakes, the surest first", (t, p) => t != p];
+  if (kind == "cell") return [nameCell(a, b), (t, p) => t == a && p == b];
+  if (kind == "class")
+    return [`${classes[a]}, and what was taken for it`, (t, p) => t == a || p == a];
+  const isOne = number => number == a || number == b;
+  return [`${classes[a]} and ${classes[b]}`, (t, p) => isOne(t) && isOne(p)];
+}
+
+function nameCell(t, p) {
+  return t == p ? `${classes[t]} recognised` : `${classes[t]} taken for ${classes[p]}`;
+}
+
+function showImages() {
+  const {name, label, predicted, confidence, other = []} = images;
+  const [title, belongs, known] = choose(location.hash), isRight = i => label[i] == predicted[i];
+  const counted = cells.filter(([t, p]) => belongs(t, p)).reduce((sum, cell) => sum + cell[2], 0);
+  const rows = [...name.keys()].filter(i => belongs(label[i], predicted[i], other[i]));
+  rows.sort((i, j) => isRight(i) - isRight(j) || confidence[j] - confidence[i]);
+  const total = known ?? counted, part = rows.length < total ? `, ${rows.length} on this page` : "";
+  find("which").textContent = `${total} images: ${title}${part}`;
+  find("images").replaceChildren();
+  showFigures(find("images"), rows.map(i => {
+    const verdict = isRight(i) ? "recognised" : `taken for ${classes[predicted[i]]}`;
+    const lines = [classes[label[i]], `${verdict}, ${(100 * confidence[i]).toFixed(1)} %`, name[i]];
+    if (comparison) lines.push(`other: ${classes[other[i]]}`);
+    return [[page.first_image + i], lines];
+  }));
+}
+
+// ---- the matrix ---------------------------------------------------------------------------------
+
+const count = classes?.length, labels = count > 30 ? page.groups : classes?.map(name => [name, 1]);
+const longest = Math.max(0, ...(labels ?? []).map(([name]) => name.length));
+const margin = Math.min(150, 7 * longest + 8 * (longest > 0));  // pixels for the names
+const cell = Math.min(36, (count > 100 ? 800 : 700) / count);  // pixels per side
+const place = [];  // of each class
+page.order?.forEach((number, index) => { place[number] = index; });
+
+function drawMatrix() {
+  const canvas = find("matrix"), draw = canvas.getContext("2d"), size = margin + count * cell;
+  canvas.width = canvas.height = size * devicePixelRatio;
+  canvas.style.width = canvas.style.height = `${size}px`;
+  draw.scale(devicePixelRatio, devicePixelRatio);
+  draw.font = "11px system-ui, sans-serif";
+  draw.fillStyle = "#8882";
+  draw.fillRect(margin, margin, count * cell, count * cell);
+  const text = getComputedStyle(document.body).color, gap = cell > 5 ? 1 : 0;
+  for (const [t, p, number] of cells) {
+    const x = margin + place[p] * cell, y = margin + place[t] * cell;
+    const share = Math.sqrt(number / page.support[t]);  // so that a few per cent are visible
+    draw.fillStyle = `rgb(${t == p ? "40 120 230" : "225 60 30"} / ${0.15 + 0.85 * share})`;
+    draw.fillRect(x, y, Math.max(cell - gap, 2), Math.max(cell - gap, 2));
+    draw.fillStyle = text;
+    if (count <= 20) draw.fillText(number, x + 4, y + 0.6 * cell, cell - 8);
+  }
+  let start = margin;
+  for (const [name, rows] of labels) {
+    const end = start + rows * cell, middle = (start + end) / 2 + 4;
+    draw.fillText(name, 0, middle, margin - 6);
+    draw.save();
+    draw.translate(middle, margin - 6);
+    draw.rotate(-Math.PI / 2);
+    draw.fillText(name, 0, 0, margin - 6);
+    draw.restore();
+    if (page.groups.length) {
+      draw.fillRect(margin, end - 0.75, count * cell, 0.5);
+      draw.fillRect(end - 0.75, margin, 0.5, count * cell);
+    }
+    start = end;
+  }
+}
+
+// True class, predicted class and images of the cell under the pointer, or, where cells are small,
+// of the nearest that is not empty; undefined where there is none.
+function cellAt(event) {
+  const x = (event.offsetX - margin) / cell - 0.5, y = (event.offsetY - margin) / cell - 0.5;
+  const distance = ([t, p]) => Math.max(Math.abs(place[p] - x), Math.abs(place[t] - y));
+  let nearest, least = Math.max(0.5, 5 / cell);
+  for (const candidate of cells) {
+    if (distance(candidate) < least) [nearest, least] = [candidate, distance(candidate)];
+  }
+  return nearest;
+}
+
+function showEvaluation() {
+  find("evaluation").hidden = false;
+  drawMatrix();
+  matchMedia("(prefers-color-scheme: dark)").onchange = drawMatrix;
+  find("matrix").onmousemove = event => {
+    const found = cellAt(event);
+    if (!found) return;
+    const [t, p, number] = found;
+    find("tip").textContent = `${nameCell(t, p)}: ${number} of ${page.support[t]} images`;
+  };
+  find("matrix").onclick = event => {
+    const found = cellAt(event);
+    if (found) location.hash = `cell=${found[0]},${found[1]}`;
+  };
+  find("links").append(make("a", "mistakes", {href: "#mistakes"}));
+  if (comparison) find("links").append(
+    " · ", make("a", "right only here", {href: "#gained"}),
+    " · ", make("a", "right only in the other", {href: "#lost"}));
+  showImages();
+  window.onhashchange = () => {
+    showImages();
+    find("which").scrollIntoView({block: "nearest"});
+  };
+}
+
+find("title").textContent = document.title = page.title;
+fillLines(find("lines"), page.lines);
+if (classes) showEvaluation();
+showSections();
+if (page.curves) Object.assign(find("curves"), {src: page.curves, hidden: false});
+"""
+
+
 # ---- the user's own pictures --------------------------------------------------------------------
 
 
-def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> Path:
-    """Writes and prints the five most likely classes of the user's pictures, draws the first 24."""
-    files, images = data.read_pictures(
-        args.images,
-        classifier.constants["stored_size"] or 32,
-        classifier.constants["whole_pictures"],
-    )
-    probabilities, classes = classifier.predict(images).mean(0).softmax(1), classifier.classes
-    top5 = probabilities.topk(min(5, len(classes)))
-    rows = zip(top5.indices.tolist(), top5.values.tolist())
-    rows = [[(classes[i], p) for i, p in zip(*row)] for row in rows]
-    captions = ["\n".join(f"{100 * p:6.2f} %  {name}" for name, p in row) for row in rows]
-    titles = [f"{file.name[-24:]}\n{caption}" for file, caption in zip(files[:24], captions)]
-    picture, table = folder / "predictions.png", folder / "pictures.csv"
-    header = [f"{name}_{i + 1}" for i in range(len(rows[0])) for name in ("class", "probability")]
-    with writing_into(folder) as new:
-        rows = [[x, *sum(row, ())] for x, row in zip(files, rows)]
-        write_csv(new / table.name, ["file", *header], rows)
-        figure = draw_tiles(images[:24], titles, columns=4, width=2.5)
-        figure.savefig(new / picture.name, dpi=150, bbox_inches="tight")
-    for file, caption in zip(files, captions):
-        print(f"{file}\n{caption}")
-    utils.say("results", f"{table}; {picture}: the first {len(titles)} as the network sees them")
-    return picture
+def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> None:
+    """Prints the five likeliest classes of the user's pictures and writes them, as they come.
+
+    pictures.html shows as many of the pictures as fit into the page.
+    """
+    size, whole = classifier.constants["stored_size"] or 32, classifier.constants["whole_pictures"]
+    batches = data.read_pictures(args.images, size, whole, classifier.constants["val_batch_size"])
+    count, figures, total = min(5, len(classifier.classes)), [], 0
+    header = [f"{name}_{i + 1}" for i in range(count) for name in ("class", "probability")]
+    with writing_into(folder) as new, open_csv(folder / "pictures.csv") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["file", *header])
+        for files, images in batches:
+            top = classifier.predict(images).mean(0).softmax(1).topk(count)
+            tiles, total = shrink(images), total + len(files)
+            numbered = zip(files, tiles, top.indices.tolist(), top.values.tolist())
+            for path, tile, numbers, chances in numbered:
+                rows = [(classifier.classes[i], p) for i, p in zip(numbers, chances)]
+                lines = [f"{100 * p:6.2f} %  {name}" for name, p in rows]
+                table.writerow([path, *chain(*rows)])
+                print(path, *lines, sep="\n")
+                if len(figures) < 1000:
+                    figures.append(([tile], [str(path), *lines]))
+            file.flush()
+        title = f"Pictures as {classifier.path} classifies them"
+        shown = [("shown", f"{len(figures):,} of {total:,}")]
+        section = Section("As the network sees them", shown, figures=figures)
+        write_page(new / "pictures.html", {"title": title, "lines": []}, [section])
+    utils.say("results", f"{folder / 'pictures.csv'}; open {folder / 'pictures.html'} in a browser")
 
 
 # ---- a model that needs only torch --------------------------------------------------------------

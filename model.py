@@ -1,5 +1,6 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -134,6 +135,15 @@ def load_pretrained(model: nn.Module, weights: dict[str, Tensor], with_head: boo
     model.load_state_dict(weights)
 
 
+def checksum(model: nn.Module) -> str:
+    """A checksum of all weights and statistics but the head's, wherever they are."""
+    crc32 = 0
+    for name, values in model.state_dict().items():
+        if not name.startswith("fc."):
+            crc32 = zlib.crc32(values.cpu().contiguous().numpy(), crc32)
+    return f"{crc32:08x}"
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Computes in bfloat16 or float16 where that is safe; does nothing for float32 and float64."""
     return torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4)
@@ -163,12 +173,13 @@ def predict_out_of_fold(
 ) -> Tensor:
     """Probabilities (N, num_classes) of images by linear heads that did not train on them.
 
-    Softmax regression on standardized features (N, D), cross-validated in five folds. Their heads
-    are trained at the same time: an image adds to the loss of each but its own fold's.
+    Softmax regression on standardized features (N, D), cross-validated in five folds, each with its
+    share of every class. Their heads are trained at the same time: an image adds to the loss of
+    each but its own fold's. Images of a class with fewer than five are in no fold: NaN.
     """
     folds, epochs, count, device = 5, 10, len(labels), labels.device
+    fold = draw_folds(labels, folds)
     generator = torch.Generator().manual_seed(0)
-    fold = (torch.randperm(count, generator=generator) % folds).to(device)
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
     heads = nn.Linear(features.shape[1], folds * num_classes, device=device)
     for parameter in heads.parameters():
@@ -195,7 +206,24 @@ def predict_out_of_fold(
     with torch.inference_mode():
         batches = torch.arange(count, device=device).split(4096)
         logits = [compute_logits(x)[torch.arange(len(x), device=device), fold[x]] for x in batches]
-        return torch.cat(logits).softmax(1)
+        probabilities = torch.cat(logits).softmax(1)
+        probabilities[fold < 0] = torch.nan
+        return probabilities
+
+
+def draw_folds(labels: Tensor, folds: int) -> Tensor:
+    """The fold of each image (N,): as many of a class in each; -1 for classes with too few."""
+    from sklearn.model_selection import StratifiedKFold  # slow to import, so not for train.py
+
+    fold = torch.full((len(labels),), -1)
+    rows = (labels.bincount()[labels] >= folds).nonzero().flatten().cpu()
+    if len(rows):
+        splits = StratifiedKFold(folds, shuffle=True, random_state=0).split(
+            rows, labels.cpu()[rows]
+        )
+        for number, (_, held_out) in enumerate(splits):
+            fold[rows[held_out]] = number
+    return fold.to(labels.device)
 
 
 def freeze_stages(model: nn.Module, count: int) -> None:

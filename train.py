@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
 
     # Restore, or start
     metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
+    begun = checkpoint.get("weights_checksum") if checkpoint else resnet.checksum(model)
+    metadata["weights_checksum"] = begun  # of what training began with
     history = checkpoint["history"] if checkpoint else []
     if checkpoint:
         utils.restore(checkpoint, last, run.parts(), facts)

@@ -103,7 +103,8 @@ def read_predictions(folder: Path):
     """The columns of predictions.csv by name, as an array."""
     import numpy as np
 
-    return np.genfromtxt(folder / "predictions.csv", delimiter=",", names=True)
+    columns = {"delimiter": ",", "names": True, "usecols": range(4)}  # those that are numbers
+    return np.genfromtxt(folder / "predictions.csv", comments=None, **columns)
 
 
 def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:

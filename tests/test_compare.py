@@ -209,7 +209,7 @@ def test_every_number_is_printed_with_what_it_is(checkpoints, before, after):
         f"images   {counts.format(**comparison)}; McNemar's exact test: p < 0.0001",
         "differs  LEARNING_RATE: other 0.06, this 0.3",
         "caution  two checkpoints, not two recipes: another SEED changes the accuracy too",
-        f"results  {folder}",
+        f"results  {folder}; open {folder / 'report.html'} in a browser",
     ]
     assert (folder / "comparison.png").exists()
 
@@ -230,7 +230,7 @@ def recipe(before, tmp_path):
             shutil.copytree(before, folder)
             rows = read_predictions(folder)
             rows["predicted"] = (rows["label"] + (rows["index"] < count)) % 10
-            header = ",".join(rows.dtype.names)
+            header = ",".join(rows.dtype.names)  # without names, as earlier versions wrote them
             np.savetxt(folder / "predictions.csv", rows, "%.9g", ",", header=header, comments="")
             metrics = read_json(folder / "metrics.json")
             metrics |= {"top1_accuracy": 1 - count / 360, "tta": tta}
@@ -400,6 +400,17 @@ def test_files_that_cannot_be_compared_are_one_line(before, tmp_path, name, patt
     named = f"spoiled{'' if of_all else '/' + name} cannot be compared: {reason}"
     with pytest.raises(utils.UserError, match=f"^.*{named}.* evaluate that checkpoint again$"):
         evaluate.read_result(str(folder), evaluate.read_result(str(before)))
+
+
+def test_a_single_image_cannot_be_compared(tmp_path):
+    """Its difference has no variance: NaN, which is not JSON."""
+    (tmp_path / "predictions.csv").write_text("index,label,predicted,confidence\n0,1,1,0.9\n")
+    (tmp_path / "confusion_matrix.csv").write_text("true/predicted,a,b\n")
+    metrics = {"dataset": "1 pictures", "images": 1, "checkpoint": "best.pt", "epoch": 1}
+    metrics |= {"tta": False, "top1_accuracy": 1.0, "constants": {}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(utils.UserError, match="has a single test image. Expected two or more to"):
+        evaluate.main(["--compare", str(tmp_path), "--results", str(tmp_path)])
 
 
 def break_network() -> None:

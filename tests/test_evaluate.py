@@ -2,6 +2,8 @@
 
 import csv
 import shutil
+import sys
+import tracemalloc
 import warnings
 from contextlib import redirect_stdout, suppress
 from io import BytesIO, StringIO, TextIOWrapper
@@ -25,8 +27,7 @@ import model as resnet
 import utils
 
 FILES = "metrics.json confusion_matrix.csv predictions.csv classification_report.txt "
-FILES += "classification_report.csv confusion_matrix.png most_confused.png mistakes.png "
-FILES += "per_class.png reliability.png training_curves.png"
+FILES += "classification_report.csv confusion_matrix.png training_curves.png report.html"
 FILES = set(FILES.split())
 
 
@@ -56,9 +57,9 @@ def checkpoint(finished_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(checkpoint, tmp_path_factory):
-    """The results with --tta, in a folder of a network for CIFAR-100, and what was printed."""
+    """The results with --tta, in the folder of an earlier evaluation, and what was printed."""
     folder = tmp_path_factory.mktemp("results")
-    for name in ("superclass_confusion_matrix.png", "metrics.json"):
+    for name in ("superclass_confusion_matrix.png", "mistakes.png", "metrics.json"):
         (folder / name).write_text("of another network")
     with redirect_stdout(StringIO()) as output:
         run_main(checkpoint, folder, "--tta")
@@ -97,12 +98,14 @@ def test_scores_of_classes_are_those_of_scikit_learn():
 
 
 def test_confused_pairs_add_up_both_ways_and_name_the_commoner():
-    matrix = np.array([[5, 1, 0], [3, 5, 2], [0, 2, 5]])
-    assert evaluate.find_confused_pairs(matrix, ["a", "b", "c"]) == [
+    labels, predicted = [0] * 6 + [1] * 10 + [2] * 7, [0] * 5 + [1] + [0] * 3 + [1] * 5 + [2] * 2
+    result = as_result(labels, [*predicted, 1, 1, *[2] * 5], ["a", "b", "c"])
+    assert evaluate.count_matrix(result).tolist() == [[5, 1, 0], [3, 5, 2], [0, 2, 5]]
+    assert result.pairs == [
         {"true": "b", "taken_for": "a", "images": 3, "other_way": 1},
         {"true": "b", "taken_for": "c", "images": 2, "other_way": 2},
     ]
-    assert evaluate.find_confused_pairs(np.diag([3, 4]), ["a", "b"]) == []
+    assert as_result([0, 1, 1], [0, 1, 1], ["a", "b"]).pairs == []
 
 
 def test_calibration_agrees_with_hand_worked_cases():
@@ -115,8 +118,8 @@ def test_calibration_agrees_with_hand_worked_cases():
 
 
 def test_interval_of_accuracy_agrees_with_the_normal_approximation():
-    matrix = np.array([[4000, 1000], [1000, 4000]])
-    low, high = evaluate.bootstrap_intervals(matrix)["top1_accuracy"]
+    cells = np.array([[0, 0, 1, 1], [0, 1, 0, 1], [4000, 1000, 1000, 4000]])
+    low, high = evaluate.bootstrap_intervals(cells, 2)["top1_accuracy"]
     sigma = (0.8 * 0.2 / 10_000) ** 0.5
     assert (low, high) == pytest.approx((0.8 - 1.96 * sigma, 0.8 + 1.96 * sigma), abs=0.0008)
 
@@ -128,9 +131,26 @@ def test_interval_of_macro_f1_agrees_with_resampled_images():
     draws = rng.integers(300, size=(300, 300))
     naive = [f1_score(labels[draw], predicted[draw], average="macro") for draw in draws]
     expected = pytest.approx(np.percentile(naive, [2.5, 97.5]), abs=0.012)
-    for classes in (range(3), range(4)):  # the fourth has no images
-        matrix = confusion_matrix(labels, predicted, labels=classes)
-        assert evaluate.bootstrap_intervals(matrix)["macro_f1"] == expected
+    cells = evaluate.count_cells(labels, predicted)
+    for classes in (3, 4):  # the fourth has no images
+        assert evaluate.bootstrap_intervals(cells, classes)["macro_f1"] == expected
+
+
+def test_memory_does_not_grow_with_the_square_of_10000_classes():
+    """Every array of this many classes would have 100 million cells: 800 MB."""
+    labels = np.arange(0, 10_000, 2)
+    predicted = np.where(labels % 3, labels, labels + 1)
+    tracemalloc.start()
+    result = as_result(labels, predicted, [str(i) for i in range(10_000)])
+    low, high = evaluate.bootstrap_intervals(result.cells, 10_000, resamples=20)["top1_accuracy"]
+    name, *row = next(evaluate.list_matrix_rows(result))
+    matrix = evaluate.count_matrix(result, per_cell=10)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert low < result.correct.mean() < high and most < 100e6
+    assert (name, len(row), row[:2], sum(row)) == ("0", 10_000, [0, 1], 1)
+    assert matrix.shape == (1000, 1000) and matrix.sum() == 5000
+    assert len(result.pairs) == 1667 and result.pairs[0]["taken_for"] == "1"
 
 
 def test_history_beside_the_checkpoint_counts_only_if_it_is_the_same_runs(tmp_path):
@@ -158,6 +178,9 @@ def test_predictions_recompute_top1_and_the_matrix_with_the_official_labels(eval
     labels, predicted = rows["label"], rows["predicted"]
     assert [row[0] for row in read_csv(folder / "predictions.csv")[1:]] == [*map(str, range(360))]
     assert labels.tolist() == official
+    header, *table = read_csv(folder / "predictions.csv")
+    assert header == ["index", "label", "predicted", "confidence", "class", "predicted_class"]
+    assert [row[4:] for row in table] == [row[1:3] for row in table]  # digits: 7 is called 7
     figures = read_json(folder / "metrics.json")
     assert figures["top1_accuracy"] == np.mean(predicted == official)
     assert (figures["images"], figures["epoch"], figures["dataset"]) == (360, 1, "digits")
@@ -222,7 +245,7 @@ def test_results_that_cannot_be_written_are_one_message_and_leave_the_earlier_on
 
     def savefig(self, path, **options):
         saved.append(path)
-        if len(saved) == 4:  # the disk is full
+        if len(saved) == 2:  # the disk is full
             raise OSError(28, "No space left on device")
         save(self, path, **options)
 
@@ -242,7 +265,7 @@ def test_processes_of_torchrun_after_the_first_do_nothing(tmp_path, monkeypatch,
 # ---- unlucky names ------------------------------------------------------------------------------
 
 UNLUCKY = ["a$b_$c", "accuracy", "macro avg", "weighted avg", "micro avg", "\u4e2d\u6587", "a\tb"]
-UNLUCKY += ["Latin-1: \udce9", "$", "{0} %s"]  # a folder whose name is not UTF-8; braces
+UNLUCKY += ["Latin-1: \udce9", "#,$", "{0} %s"]  # a folder whose name is not UTF-8; braces
 
 
 def test_classes_may_have_any_name_and_no_test_images(
@@ -273,6 +296,8 @@ def test_classes_may_have_any_name_and_no_test_images(
     report = (folder / "classification_report.txt").read_bytes().decode(errors="surrogateescape")
     for name, support, line in zip(UNLUCKY, scores[3], report.splitlines()[2:12]):
         assert line.strip().startswith(name) and line.endswith(f" {support}")
+    _, *table = read_csv(folder / "predictions.csv")
+    assert [row[4:] for row in table] == [[UNLUCKY[int(i)] for i in row[1:3]] for row in table]
     figures = read_json(folder / "metrics.json")
     f1 = f1_score(labels, predicted, labels=np.unique(labels), average="macro")
     assert figures["macro_f1"] == pytest.approx(f1)
@@ -319,15 +344,10 @@ def pictures(tmp_path):
     return tmp_path / "folder"
 
 
-def lose_the_display():
-    matplotlib.rcParams["backend"] = "module://nowhere"
-
-
 def test_pictures_are_classified_as_the_evaluation_does(checkpoint, evaluation, pictures, tmp_path):
     flags = ["--checkpoint", str(checkpoint), "--tta", "--images", "folder", "broken.jpg"]
-    run = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=lose_the_display)
+    run = run_script("evaluate.py", *flags, cwd=tmp_path)
     assert run.status == 0, run.stderr
-    assert "no window: No module named 'nowhere'" in run.stdout
     lines, rows = run.stdout.splitlines(), read_csv(evaluation[0] / "predictions.csv")[1:]
     for name, (*_, predicted, confidence) in zip(["digit.png", "inner/deep/2.png"], rows):
         best = lines[lines.index(f"folder/{name}") + 1].split()
@@ -341,35 +361,70 @@ def test_pictures_are_classified_as_the_evaluation_does(checkpoint, evaluation, 
 
 def test_no_picture_at_all_is_one_message(pictures, tmp_path):
     with pytest.raises(data.DataError, match="No picture among .*broken.jpg"):
-        data.read_pictures([str(tmp_path / "broken.jpg")], 32)
+        list(data.read_pictures([str(tmp_path / "broken.jpg")], 32, False, 10))
+
+
+def test_pictures_are_read_in_batches_and_their_rows_written_at_once(
+    checkpoint, pictures, tmp_path, monkeypatch
+):
+    digits = data.read_digits("test")[0].images
+    for number in range(9):  # 11 pictures in all
+        Image.fromarray(digits[number].permute(1, 2, 0).numpy()).save(pictures / f"{number}.png")
+    folder, rows, state = tmp_path / "results", [], load(checkpoint)
+    state["constants"]["val_batch_size"] = 4
+    utils.save_checkpoint(tmp_path / "best.pt", state)
+    predict = evaluate.Classifier.predict
+
+    def predict_and_count(self, images):
+        assert len(images) <= 4
+        rows.append(len(read_csv(folder / "pictures.csv")))
+        return predict(self, images)
+
+    monkeypatch.setattr(evaluate.Classifier, "predict", predict_and_count)
+    run_main(tmp_path / "best.pt", folder, "--images", pictures)
+    assert rows == [0, 5, 9]  # with the header, which is written with the first rows
+    assert len(read_csv(folder / "pictures.csv")) == 12
+    assert names_in(folder) == {"pictures.csv", "pictures.html"}
+
+
+def write_ascii():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
 
 
 def test_output_that_cannot_show_the_name_of_a_picture_loses_no_file(
-    checkpoint, pictures, tmp_path, rendered
+    checkpoint, pictures, tmp_path
 ):
     (pictures / "digit.png").rename(pictures / "\u6587.png")
-    folder = tmp_path / "results"
-    with redirect_stdout(TextIOWrapper(BytesIO(), "ascii")), suppress(UnicodeEncodeError):
-        run_main(checkpoint, folder, "--images", pictures)
-    assert names_in(folder) == {"pictures.csv", "predictions.png"}
-    with Image.open(folder / "predictions.png") as picture:
-        picture.load()
-        assert min(picture.size) > 250
+    flags = ["--checkpoint", str(checkpoint), "--images", "folder"]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=write_ascii)
+    assert script.status == 0 and "folder/\\u6587.png" in script.stdout
+    assert names_in(tmp_path / "results") == {"pictures.csv", "pictures.html"}
+
+
+@pytest.mark.parametrize("name", ["model.tflite", "model", "model.pt", "model.PT2"])
+def test_export_into_a_file_of_another_kind_is_refused(name, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        evaluate.main(["--export", name])
+    message = f"--export '{name}': expected a name that ends in .pt2 or .onnx\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_a_window_opens_where_there_is_a_display_unless_no_show(
-    checkpoint, pictures, tmp_path, monkeypatch, capsys
+    checkpoint, tmp_path, monkeypatch, capsys
 ):
     backend = "from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvas\n"
     backend += "def show(*args, **kwargs): print('a window opens')\n"
     (tmp_path / "recorder.py").write_text(backend)
     monkeypatch.syspath_prepend(tmp_path)
-    flags = [checkpoint, tmp_path / "results", "--images", pictures]
     plt.switch_backend("module://recorder")
     try:
-        run_main(*flags)
+        run_main(checkpoint, tmp_path / "results")
         assert "a window opens" in capsys.readouterr().out
-        run_main(*flags, "--no-show")
+        run_main(checkpoint, tmp_path / "results", "--no-show")
         assert "a window opens" not in capsys.readouterr().out
+        monkeypatch.setitem(matplotlib.rcParams, "backend", "module://nowhere")
+        plt.close("all")
+        evaluate.open_window(tmp_path / "results" / "confusion_matrix.png")
+        assert "no window: No module named 'nowhere'" in capsys.readouterr().out
     finally:
         plt.switch_backend("agg")

@@ -451,7 +451,7 @@ def test_two_classes_are_trained_evaluated_and_compared(photos, capsys):
     metrics = read_json("results/metrics.json")
     assert metrics["images"] == 12 and metrics["dataset"].startswith("12 pictures, crc32 ")
     assert metrics["test_images_chose_checkpoint"] and metrics["comparison"]["difference"] == 0
-    assert Path("results/mistakes.png").exists() and Path("results/confusion_matrix.png").exists()
+    assert Path("results/report.html").exists() and Path("results/confusion_matrix.png").exists()
 
     # Pictures of any size that are named by hand are reduced to the same, and predicted the same.
     evaluate.main([*flags, "--images", "moved/val"])

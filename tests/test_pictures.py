@@ -2,21 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.collections import QuadMesh
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import confusion_matrix
 
 import data
 import evaluate
 import utils
 
 NAMES = ["cat", "dog", "fox"]
-# Image i is a square of gray 10 * i. The fourth and the last two are mistakes, the last the surest.
 LABELS = np.array([0, 0, 1, 1, 1, 2, 2, 2])
 PREDICTED = np.array([0, 0, 1, 2, 1, 2, 0, 1])
-CONFIDENCE = np.array([0.9, 0.8, 0.7, 0.55, 0.6, 0.95, 0.65, 0.85])
-IMAGES = torch.arange(8, dtype=torch.uint8)[:, None, None, None].mul(10).expand(8, 3, 16, 16)
-RESULT = evaluate.Result(NAMES, LABELS, PREDICTED, CONFIDENCE, "results", {})
+RESULT = evaluate.Result(NAMES, LABELS, PREDICTED, np.ones(8), "results", {})
 
 
 def cells(figure) -> np.ndarray:
@@ -30,7 +26,7 @@ def texts(labels) -> list[str]:
 
 
 def test_heat_map_has_true_classes_as_rows_each_divided_by_its_images():
-    figure = evaluate.draw_matrix(RESULT.matrix, NAMES)
+    figure = evaluate.draw_matrix(evaluate.count_matrix(RESULT), NAMES)
     expected = confusion_matrix(LABELS, PREDICTED, normalize="true")
     assert np.allclose(cells(figure), expected) and not np.allclose(expected, expected.T)
     axes = figure.axes[0]
@@ -51,55 +47,6 @@ def test_heat_map_of_100_classes_is_grouped_by_superclass():
     assert texts(axes.get_yticklabels()) == list(names)
     right = next(child for child in axes.child_axes if len(child.get_yticks()) == 20)
     assert texts(right.get_yticklabels()) == groups
-
-
-def test_mistakes_are_only_mistakes_and_the_surest_first():
-    figure = evaluate.draw_mistakes(RESULT, IMAGES)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "true: fox\npredicted: dog\nconfidence: 85.00 %",
-        "true: fox\npredicted: cat\nconfidence: 65.00 %",
-        "true: dog\npredicted: fox\nconfidence: 55.00 %",
-    ]
-    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes] == [70, 60, 30]
-
-
-def test_confused_pairs_show_images_of_both_classes_and_of_both_mistakes():
-    axes = evaluate.draw_pairs(RESULT, IMAGES).axes[:4]
-    assert [x.get_title(loc="left") for x in axes] == [
-        "dog recognised: 2",
-        "dog taken for fox: 1",
-        "fox taken for dog: 1",
-        "fox recognised: 1",
-    ]
-    grays = [set(np.unique(x.images[0].get_array())) for x in axes]
-    assert grays == [{20, 40, 255}, {30, 255}, {70, 255}, {50, 255}]  # white where there is none
-
-
-def test_bars_of_f1_begin_with_the_worst_class_and_leave_out_those_without_images():
-    axes = evaluate.draw_f1(RESULT).axes[0]
-    f1 = f1_score(LABELS, PREDICTED, average=None)
-    order = np.argsort(f1, kind="stable")
-    assert texts(axes.get_yticklabels()) == [NAMES[i] for i in order]
-    assert np.allclose([bar.get_width() for bar in axes.patches], f1[order])
-    assert axes.yaxis_inverted() and axes.get_xlabel() == "F1"
-
-    labels, predicted = np.array([0, 0, 0, 2]), np.array([0, 0, 2, 1])
-    result = evaluate.Result(list("abcd"), labels, predicted, np.ones(4), "", {})
-    axes = evaluate.draw_f1(result).axes[0]
-    assert texts(axes.get_yticklabels()) == ["c", "a"]
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0, 0.8])
-
-
-def test_reliability_shows_accuracy_and_share_of_each_bin():
-    confidence = np.array([0.51, 0.52, 0.52, 0.99])
-    labels, predicted = np.array([0, 0, 0, 0]), np.array([0, 0, 1, 0])
-    result = evaluate.Result(NAMES, labels, predicted, confidence, "", {})
-    upper, lower = evaluate.draw_reliability(result).axes
-    accuracy, share = ([bar.get_height() for bar in axes.patches] for axes in (upper, lower))
-    # fifteenths: 0.51 and 0.52 are in the eighth bin, 0.99 in the last
-    assert np.flatnonzero(accuracy).tolist() == np.flatnonzero(share).tolist() == [7, 14]
-    assert (accuracy[7], accuracy[14]) == (pytest.approx(2 / 3), 1)
-    assert (share[7], share[14]) == (0.75, 0.25)
 
 
 def make_history(first: int, losses: list[float], accuracies: list[float]) -> list[dict]:
