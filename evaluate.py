@@ -789,8 +789,8 @@ def describe_check(check: DataCheck) -> list[tuple[str, str]]:
     lines = [("exact", f"{len(facts['identical'])} groups of equal images, {counts}")]
     found = f"{facts['copies']:,} of {facts['test_images']:,} test images have a "
     if facts["undecided"]:
-        found += f"training image with a similarity above {facts['threshold']}, which proves "
-        found += f"nothing here: so has the 11th nearest for {100 * facts['alike']:.1f} % of them"
+        found += f"training image with a similarity above {facts['threshold']}; "
+        found += f"for {100 * facts['alike']:.1f} % even the 11th nearest is that similar"
         advice = "frames of one scene are copies, scans of one form are not: look at the pairs"
         lines += [("copies", f"undecided: {found}"), ("note", advice)]
     else:
@@ -1082,44 +1082,38 @@ def order_by_interest(result: Result) -> list[int]:
         rank.append(seen[label])
         seen[label] += 1
     right = right[np.argsort(rank, kind="stable")]  # the surest of each class, then the second ...
-    return np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])[
-        :20_000
-    ].tolist()
+    order = np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])
+    return order[:20_000].tolist()  # there is room for fewer
 
 
 def list_tables(result: Result) -> list[Section]:
-    """The classes, the pairs most confused, and how far confidence is accuracy."""
-    absent = np.flatnonzero(result.support == 0)
-    changes = {}
-    if comparison := result.summary.get("comparison"):
-        changes = {row["class"]: row["f1_change"] for row in comparison["classes"]}
+    """The classes, the worst first; the pairs most confused; accuracy by confidence."""
     header, rows = ["class", "precision", "recall", "F1", "images"], []
-    for i in [*result.worst_first, *absent]:
+    for i in [*result.worst_first, *np.flatnonzero(result.support == 0)]:
         scores = [f"{score:.3f}" for score in result.scores[:, i]]
         rows.append([[result.classes[i], f"#class={i}"], *scores, str(result.support[i])])
-        if changes:
-            rows[-1].append(f"{changes[result.classes[i]]:+.3f}")
-    classes = Section("Classes", [], [*header, "F1 change"] if changes else header, rows)
-    rows = []
+    if comparison := result.summary.get("comparison"):
+        changes = {row["class"]: row["f1_change"] for row in comparison["classes"]}
+        header.append("F1 change")
+        for row in rows:
+            row.append(f"{changes[row[0][0]]:+.3f}")
+    sections = [Section("Classes", header=header, rows=rows)]
+
+    header, rows = ["class", "taken for", "images", "the other way"], []
     for pair in result.pairs[:100]:
         a, b = result.classes.index(pair["true"]), result.classes.index(pair["taken_for"])
-        counts = [
-            [str(pair["images"]), f"#cell={a},{b}"],
-            [str(pair["other_way"]), f"#cell={b},{a}"],
-        ]
-        rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], *counts])
-    header = ["class", "taken for", "images", "the other way"]
-    pairs = Section("Most confused pairs", [], header, rows)
-    rows, (images, accuracy, _) = [], calibrate(result)
+        images = [str(pair["images"]), f"#cell={a},{b}"]
+        other_way = [str(pair["other_way"]), f"#cell={b},{a}"]
+        rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], images, other_way])
+    sections.append(Section("Most confused pairs", header=header, rows=rows))
+
+    header, rows = ["confidence", "accuracy", "images"], []
+    images, accuracy, _ = calibrate(result)
     for i in np.flatnonzero(images):
         middle = (i + 0.5) / len(images)
         rows.append([f"{middle:.2f}", f"{accuracy[i]:.2f}", f"{images[i]:.0f}"])
-    header = ["confidence", "accuracy", "images"]
-    return [
-        classes,
-        pairs,
-        Section("Reliability: is the confidence the accuracy?", [], header, rows),
-    ]
+    sections.append(Section("Reliability: accuracy by confidence", header=header, rows=rows))
+    return sections
 
 
 def list_galleries(check: DataCheck, lines: list[tuple[str, str]]) -> list[Section]:
@@ -1184,8 +1178,8 @@ def make_sheets(images: list[Tensor]) -> tuple[int, list[str]]:
 
     There are fewer than all if they would make the page larger than 8 MB or so.
     """
-    side, urls, room = min(8, math.ceil(math.sqrt(len(images)))), [], 7_000_000
-    for start in range(0, len(images), side**2 or 1):
+    side, urls, room = max(1, min(8, math.ceil(math.sqrt(len(images))))), [], 7_000_000
+    for start in range(0, len(images), side**2):
         tiles = shrink(torch.stack(images[start : start + side**2]))
         square = tiles.new_zeros(side**2, *tiles.shape[1:])
         square[: len(tiles)] = tiles
@@ -1293,10 +1287,10 @@ function fillTable(table, header, rows, sorted = -1, step = 1) {
   header.forEach((name, column) => {
     const cell = make("th"), button = make("button", name);
     button.onclick = () => {
-      const step_now = column == sorted ? -step : 1, text = row => [row[column]].flat()[0];
+      const next = column == sorted ? -step : 1, text = row => [row[column]].flat()[0];
       const compare = (a, b) => text(a) - text(b) || text(a).localeCompare(text(b));
-      rows.sort((a, b) => step_now * compare(a, b));
-      fillTable(table, header, rows, column, step_now);
+      rows.sort((a, b) => next * compare(a, b));
+      fillTable(table, header, rows, column, next);
       table.rows[0].cells[column].firstElementChild.focus();
     };
     if (column == sorted) cell.setAttribute("aria-sort", step > 0 ? "ascending" : "descending");
@@ -1412,30 +1406,30 @@ function showImages() {
 const count = classes?.length, labels = count > 30 ? page.groups : classes?.map(name => [name, 1]);
 const longest = Math.max(0, ...(labels ?? []).map(([name]) => name.length));
 const margin = Math.min(150, 7 * longest + 8 * (longest > 0));  // pixels for the names
-const cell = Math.min(36, (count > 100 ? 800 : 700) / count);  // pixels per side
+const unit = Math.min(36, (count > 100 ? 800 : 700) / count);  // pixels per side
 const place = [];  // of each class
 page.order?.forEach((number, index) => { place[number] = index; });
 
 function drawMatrix() {
-  const canvas = find("matrix"), draw = canvas.getContext("2d"), size = margin + count * cell;
+  const canvas = find("matrix"), draw = canvas.getContext("2d"), size = margin + count * unit;
   canvas.width = canvas.height = size * devicePixelRatio;
   canvas.style.width = canvas.style.height = `${size}px`;
   draw.scale(devicePixelRatio, devicePixelRatio);
   draw.font = "11px system-ui, sans-serif";
   draw.fillStyle = "#8882";
-  draw.fillRect(margin, margin, count * cell, count * cell);
-  const text = getComputedStyle(document.body).color, gap = cell > 5 ? 1 : 0;
+  draw.fillRect(margin, margin, count * unit, count * unit);
+  const text = getComputedStyle(document.body).color, gap = unit > 5 ? 1 : 0;
   for (const [t, p, number] of cells) {
-    const x = margin + place[p] * cell, y = margin + place[t] * cell;
+    const x = margin + place[p] * unit, y = margin + place[t] * unit;
     const share = Math.sqrt(number / page.support[t]);  // so that a few per cent are visible
     draw.fillStyle = `rgb(${t == p ? "40 120 230" : "225 60 30"} / ${0.15 + 0.85 * share})`;
-    draw.fillRect(x, y, Math.max(cell - gap, 2), Math.max(cell - gap, 2));
+    draw.fillRect(x, y, Math.max(unit - gap, 2), Math.max(unit - gap, 2));
     draw.fillStyle = text;
-    if (count <= 20) draw.fillText(number, x + 4, y + 0.6 * cell, cell - 8);
+    if (count <= 20) draw.fillText(number, x + 4, y + 0.6 * unit, unit - 8);
   }
   let start = margin;
   for (const [name, rows] of labels) {
-    const end = start + rows * cell, middle = (start + end) / 2 + 4;
+    const end = start + rows * unit, middle = (start + end) / 2 + 4;
     draw.fillText(name, 0, middle, margin - 6);
     draw.save();
     draw.translate(middle, margin - 6);
@@ -1443,8 +1437,8 @@ function drawMatrix() {
     draw.fillText(name, 0, 0, margin - 6);
     draw.restore();
     if (page.groups.length) {
-      draw.fillRect(margin, end - 0.75, count * cell, 0.5);
-      draw.fillRect(end - 0.75, margin, 0.5, count * cell);
+      draw.fillRect(margin, end - 0.75, count * unit, 0.5);
+      draw.fillRect(end - 0.75, margin, 0.5, count * unit);
     }
     start = end;
   }
@@ -1453,9 +1447,9 @@ function drawMatrix() {
 // True class, predicted class and images of the cell under the pointer, or, where cells are small,
 // of the nearest that is not empty; undefined where there is none.
 function cellAt(event) {
-  const x = (event.offsetX - margin) / cell - 0.5, y = (event.offsetY - margin) / cell - 0.5;
+  const x = (event.offsetX - margin) / unit - 0.5, y = (event.offsetY - margin) / unit - 0.5;
   const distance = ([t, p]) => Math.max(Math.abs(place[p] - x), Math.abs(place[t] - y));
-  let nearest, least = Math.max(0.5, 5 / cell);
+  let nearest, least = Math.max(0.5, 5 / unit);
   for (const candidate of cells) {
     if (distance(candidate) < least) [nearest, least] = [candidate, distance(candidate)];
   }

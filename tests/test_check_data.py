@@ -191,7 +191,7 @@ def test_what_is_not_decided_has_no_accuracy_without_copies():
     assert evaluate.score_without_copies(check, result, [result]) == {}
     lines = [f"{label}: {text}" for label, text in evaluate.describe_check(check)]
     assert lines[1].startswith("copies: undecided: 6 of 10 test images have a training image with ")
-    assert "so has the 11th nearest for 50.0 % of them" in lines[1]
+    assert "; for 50.0 % even the 11th nearest is that similar" in lines[1]
     assert not [line for line in lines if line.startswith("without")]
     assert "note: training labels of 1 classes with fewer than 5 images are not judged" in lines
 
