@@ -1157,15 +1157,13 @@ class EvalLoader:
         device: torch.device | None = None,
         rows: Tensor | None = None,
         mode: str = "bilinear",
-        end: float = math.inf,
     ) -> None:
-        """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None.
-
-        end: time.perf_counter() after which no batch is begun, but for the first.
-        """
-        self.images, self.device, self.end = images, device or images.device, end
+        """images: uint8 (N, 3, S, S), of which rows are taken, or all; device: theirs if None."""
+        self.images, self.device = images, device or images.device
         self.rows = torch.arange(len(images), device=images.device) if rows is None else rows
         self.batch_size = min(batch_size, len(self.rows))
+        self.mirrored = False  # left to right
+        self.end = math.inf  # time.perf_counter() after which no batch but the first is begun
         self.normalize_and_resize = NormalizeAndResize(image_size, self.device, mode)
 
     def __len__(self) -> int:
@@ -1178,7 +1176,10 @@ class EvalLoader:
             if index and time.perf_counter() > self.end:
                 return
             rows = torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows))])
-            yield self.normalize_and_resize(take(self.images, rows, self.device).float() / 255)
+            images = take(self.images, rows, self.device)
+            if self.mirrored:
+                images = images.flip(3)
+            yield self.normalize_and_resize(images.float() / 255)
 
 
 def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
