@@ -162,7 +162,8 @@ class Split(NamedTuple):
         if self.rows is None:
             return split._replace(stored=self.stored.to(device))
         placed = torch.empty((len(self.rows), *size), dtype=torch.uint8, device=device)
-        for part in torch.arange(len(self.rows)).split(1024):
+        for start in range(0, len(self.rows), 1024):
+            part = slice(start, start + 1024)
             placed[part] = self.stored[self.rows[part]].to(device)
         return split._replace(stored=placed, rows=None)
 
