@@ -1118,28 +1118,34 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
             signal.signal(signum, _stop)
     try:
         yield
-    except _Stopped as error:
+    except BaseException as error:
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
+        _explain(error, memory_advice)
+        raise
+
+
+def _explain(error: BaseException, memory_advice: str) -> None:
+    """Ends the script if this error has a message; returns if its traceback is to be seen."""
+    if isinstance(error, _Stopped):
         _end(f"\nstopped  {_state()}", 128 + error.args[0])
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         _end(f"stopped  the output pipe was closed.\n{_state()}")
-    except FloatingPointError as error:
+    if isinstance(error, FloatingPointError):
         _end(f"stopped  {error}.\n{_Ending.safe}")
-    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
         if "out of memory" in str(error):
             _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_Ending.safe}")
         _end(f"stopped  the GPU failed: {reason_of(error)}\n{_state()}")
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            _end(error.code)
-        raise
-    except Exception as error:
-        if _is_of_another_process(error):
-            _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
-        _report(f"{type(error).__name__}: {error}", quiet=True)  # its traceback follows
-        raise
+    if _is_of_another_process(error):
+        _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
+    if not isinstance(error, SystemExit):
+        _report(f"{type(error).__name__}: {error}", quiet=True)
+    elif isinstance(error.code, str):
+        _end(error.code)
 
 
-def _is_of_another_process(error: Exception) -> bool:
+def _is_of_another_process(error: BaseException) -> bool:
     """Whether a collective or the store failed because a process does not take part any more."""
     if isinstance(error, dist.DistError):
         return True
@@ -1150,8 +1156,6 @@ def _is_of_another_process(error: Exception) -> bool:
 
 def _end(message: str, status: int = 1) -> NoReturn:
     """Ends the script with a message, or with that of another process that has failed before."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)  # a second one must not spoil the message
     raise SystemExit(_report(message, status)) from None
 
 

@@ -135,7 +135,7 @@ FAULTS = [
     ("utils.py", "if was != now:", "if False:", "tests/test_folder.py -k 'goes_on or changed_val'"),
     ("utils.py", 'checkpoint.get("launcher") != this.launcher', "False", PROCESSES),
     ("utils.py", "signal.signal(signum, signal.SIG_IGN)  # a second", "pass  # a second", "tests/test_saving.py"),
-    ("utils.py", "except BrokenPipeError:\n        _end", "except BufferError:\n        _end", FAULTY),
+    ("utils.py", "if isinstance(error, BrokenPipeError):", "if False:", FAULTY),
     ("utils.py", "128 + error.args[0]", "error.args[0]", FAULTY),
     ("utils.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", FAULTY),
     ("utils.py", "if not tensor.isfinite().all():", "if False:", FAULTY),
