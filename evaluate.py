@@ -703,14 +703,17 @@ def list_identical(test: data.Split, train: data.Split, classes: list[str]) -> l
 
 
 def list_suspects(
-    part: str, split: data.Split, probabilities: Tensor, classes: list[str]
+    part: str, split: data.Split, probabilities: Tensor, classes: list[str], limit: float = 0.01
 ) -> list[Row]:
     """A row for every image whose label is probably wrong, by probabilities (N, num_classes).
 
     A class's threshold is the mean probability of it for the images with that label: Northcutt et
     al. 2021, "Confident learning", arXiv 1911.00068. A label is suspect if its probability is below
-    a tenth of its own threshold while another class reaches that class's. NaN: not judged.
+    limit times its own threshold while another class reaches that class's. NaN: not judged.
     """
+    # Without the limit, as in the paper, 23 % of the labels of CIFAR-100 cut to classes of 1 to 100
+    # images were suspect, of classes of 5 to 19 images 45 %; with it 3 and 8 %; with a fixed limit
+    # of 1 % 9 and 34 %.
     own = probabilities.gather(1, split.labels[:, None])[:, 0]
     count = split.labels.bincount(minlength=len(classes))
     thresholds = own.new_zeros(len(classes)).index_add(0, split.labels, own) / count
@@ -718,7 +721,7 @@ def list_suspects(
     share = own / thresholds[split.labels]
     rows = []
     for index in share.argsort(stable=True).tolist():
-        if share[index] < 0.1 and likelier.values[index] > 0:
+        if share[index] < limit and likelier.values[index] > 0:
             labels = [classes[split.labels[index]], classes[likelier.indices[index]]]
             chances = [own[index].item(), likelier.values[index].item()]
             values = [part, split.files[index], *labels, *chances]

@@ -237,7 +237,7 @@ def test_wrong_labels_of_digits_come_first_whatever_the_seed():
     torch.manual_seed(2)
     assert torch.equal(resnet.predict_out_of_fold(features, labels, 10), probabilities)
     named = digits._replace(labels=labels).named()
-    rows = evaluate.list_suspects("training", named, probabilities, list("0123456789"))
+    rows = evaluate.list_suspects("training", named, probabilities, list("0123456789"), 0.1)
     wrong = [int(row.values[1]) % 50 == 0 for row in rows]
     assert sum(wrong) >= 7 and len(wrong) <= 12
     _, name, label, likelier, own, best = rows[0].values
@@ -255,13 +255,13 @@ def test_a_label_is_suspect_relative_to_its_class_and_if_another_class_is_confid
         [0.700, 0.200, 0.100],  # b
         [0.600, 0.395, 0.005],  # c: a sixth of its mean
         [0.505, 0.440, 0.055],  # c
-        [0.690, 0.309, 0.001],  # c: a twentieth of its mean
+        [0.690, 0.3099, 0.0001],  # c: a two-hundredth of its mean
     ])  # fmt: skip
     split = data.Split(torch.zeros(7, 3, 2, 2), torch.tensor([0, 0, 1, 1, 2, 2, 2])).named()
     rows = evaluate.list_suspects("test", split, probabilities, ["a", "b", "c"])
     assert [row.values[:4] for row in rows] == [["test", "6", "c", "a"]]
     unsure = probabilities.clone()
-    unsure[6] = torch.tensor([0.55, 0.299, 0.001])  # neither a nor b reaches its mean
+    unsure[6] = torch.tensor([0.55, 0.2999, 0.0001])  # neither a nor b reaches its mean
     assert not evaluate.list_suspects("test", split, unsure, ["a", "b", "c"])
 
 

@@ -48,7 +48,9 @@ def rehearse(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(ResNet, "__init__", smaller(ResNet.__init__))
-        patch.setattr(evaluate, "write_pictures", lambda *args: None)
+        for name in ("draw_pictures", "write_report"):  # fake tensors have no pixels
+            patch.setattr(evaluate, name, lambda *args: None)
+        patch.setattr(model, "checksum", lambda network: "of fake tensors")
         if fault:
             owner, name, replacement, _ = FAULTS[fault]
             f = getattr(owner, name)
