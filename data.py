@@ -1317,14 +1317,13 @@ def find_copies(
     other_features: Tensor,
     progress: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
-    """The likeliest copy of each of N images among others: index and similarity (N,).
+    """The likeliest copy of each of N images among others: index, similarity (N,), how many alike.
 
     Candidates are the three nearest by the features (N, D) of any network (Barz & Denzler 2020,
     arXiv 1902.00423, take the nearest), the nearest thumbnail, and the nearest to the mirrored
-    thumbnail. Their pixels decide: pairs above COPY_SIMILARITY are copies, unless that many of the
-    images agree as well with what should be no copy. The third result tells: the share of up to
-    4,000 images whose 11th nearest is above it. See ALIKE. It is computed on the features' device;
-    the images may be elsewhere.
+    thumbnail. Their pixels decide: pairs above COPY_SIMILARITY are copies. The third result is the
+    share of up to 4,000 images whose 11th nearest is above it, too. If it is more than ALIKE, the
+    pixels do not decide. It is computed on the features' device; the images may be elsewhere.
     """
     device = features.device
 

@@ -835,13 +835,24 @@ def write_check(check: DataCheck, folder: Path) -> None:
 
 
 @contextmanager
+def explained_writing(folder: Path) -> Iterator[None]:
+    """Turns what goes wrong with files of the results folder into UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise utils.UserError(
+            f"{folder} cannot be written: {error.strerror or error}. Choose another --results-dir"
+        ) from error
+
+
+@contextmanager
 def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
     """A new folder whose files go into the results folder together, at the end of the block.
 
     outdated: files of earlier results to remove then. Where something cannot be written, the
     earlier results stay as they were, and UserError is raised.
     """
-    try:
+    with explained_writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
             yield Path(new)
@@ -849,15 +860,11 @@ def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
                 (folder / name).unlink(missing_ok=True)
             for file in Path(new).iterdir():
                 file.replace(folder / file.name)
-    except OSError as error:
-        raise utils.UserError(
-            f"{folder} cannot be written: {error.strerror or error}. Choose another --results-dir"
-        ) from error
 
 
-def open_csv(path: Path) -> TextIO:
+def open_csv(path: Path, mode: str = "w") -> TextIO:
     """A text file to write a table into. Names that are not UTF-8 keep their bytes."""
-    return open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
+    return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
@@ -1496,32 +1503,33 @@ if (page.curves) Object.assign(find("curves"), {src: page.curves, hidden: false}
 
 
 def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> None:
-    """Prints the five likeliest classes of the user's pictures and writes them, as they come.
+    """Prints the five likeliest classes of the user's pictures and writes them, batch by batch.
 
-    pictures.html shows as many of the pictures as fit into the page.
+    pictures.html, in the end, shows the first 1,000.
     """
     size, whole = classifier.constants["stored_size"] or 32, classifier.constants["whole_pictures"]
     batches = data.read_pictures(args.images, size, whole, classifier.constants["val_batch_size"])
-    count, figures, total = min(5, len(classifier.classes)), [], 0
+    count, classes, figures, total = min(5, len(classifier.classes)), classifier.classes, [], 0
     header = [f"{name}_{i + 1}" for i in range(count) for name in ("class", "probability")]
-    with writing_into(folder) as new, open_csv(folder / "pictures.csv") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["file", *header])
-        for files, images in batches:
-            top = classifier.predict(images).mean(0).softmax(1).topk(count)
-            tiles, total = shrink(images), total + len(files)
-            numbered = zip(files, tiles, top.indices.tolist(), top.values.tolist())
-            for path, tile, numbers, chances in numbered:
-                rows = [(classifier.classes[i], p) for i, p in zip(numbers, chances)]
-                lines = [f"{100 * p:6.2f} %  {name}" for name, p in rows]
-                table.writerow([path, *chain(*rows)])
-                print(path, *lines, sep="\n")
-                if len(figures) < 1000:
-                    figures.append(([tile], [str(path), *lines]))
-            file.flush()
-        title = f"Pictures as {classifier.path} classifies them"
-        shown = [("shown", f"{len(figures):,} of {total:,}")]
-        section = Section("As the network sees them", shown, figures=figures)
+    with explained_writing(folder):
+        write_csv(folder / "pictures.csv", ["file", *header], [])
+    for files, images in batches:
+        top = classifier.predict(images).mean(0).softmax(1).topk(count)
+        rows = zip(top.indices.tolist(), top.values.tolist())
+        rows = [[(classes[i], p) for i, p in zip(*row)] for row in rows]
+        with explained_writing(folder), open_csv(folder / "pictures.csv", "a") as table:
+            names = [[file, *chain(*row)] for file, row in zip(files, rows)]
+            csv.writer(table, lineterminator="\n").writerows(names)
+        for file, tile, row in zip(files, shrink(images), rows):
+            lines = [f"{100 * p:6.2f} %  {name}" for name, p in row]
+            print(file, *lines, sep="\n")
+            if total < 1000:
+                figures.append(([tile], [str(file), *lines]))
+            total += 1
+    title = f"Pictures as {classifier.path} classifies them"
+    shown = [("shown", f"{len(figures):,} of {total:,}")]
+    section = Section("As the network sees them", shown, figures=figures)
+    with writing_into(folder) as new:
         write_page(new / "pictures.html", {"title": title, "lines": []}, [section])
     utils.say("results", f"{folder / 'pictures.csv'}; open {folder / 'pictures.html'} in a browser")
 

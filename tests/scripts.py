@@ -104,7 +104,8 @@ def read_predictions(folder: Path):
     import numpy as np
 
     columns = {"delimiter": ",", "names": True, "usecols": range(4)}  # those that are numbers
-    return np.genfromtxt(folder / "predictions.csv", comments=None, **columns)
+    columns |= {"comments": None, "encoding": "latin-1"}  # names may hold any byte
+    return np.genfromtxt(folder / "predictions.csv", **columns)
 
 
 def share_folder(tmp_path_factory, name: str, fill: Callable[[Path], None]) -> Path:

@@ -349,7 +349,7 @@ def test_pictures_are_classified_as_the_evaluation_does(checkpoint, evaluation, 
     run = run_script("evaluate.py", *flags, cwd=tmp_path)
     assert run.status == 0, run.stderr
     lines, rows = run.stdout.splitlines(), read_csv(evaluation[0] / "predictions.csv")[1:]
-    for name, (*_, predicted, confidence) in zip(["digit.png", "inner/deep/2.png"], rows):
+    for name, (_, _, predicted, confidence, *_) in zip(["digit.png", "inner/deep/2.png"], rows):
         best = lines[lines.index(f"folder/{name}") + 1].split()
         assert best[2] == predicted
         assert float(best[0]) == pytest.approx(100 * float(confidence), abs=0.02)
@@ -382,7 +382,7 @@ def test_pictures_are_read_in_batches_and_their_rows_written_at_once(
 
     monkeypatch.setattr(evaluate.Classifier, "predict", predict_and_count)
     run_main(tmp_path / "best.pt", folder, "--images", pictures)
-    assert rows == [0, 5, 9]  # with the header, which is written with the first rows
+    assert rows == [1, 5, 9]  # with the header
     assert len(read_csv(folder / "pictures.csv")) == 12
     assert names_in(folder) == {"pictures.csv", "pictures.html"}
 
@@ -399,6 +399,18 @@ def test_output_that_cannot_show_the_name_of_a_picture_loses_no_file(
     script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=write_ascii)
     assert script.status == 0 and "folder/\\u6587.png" in script.stdout
     assert names_in(tmp_path / "results") == {"pictures.csv", "pictures.html"}
+
+
+def test_a_broken_pipe_is_not_blamed_on_the_results_folder(checkpoint, pictures, tmp_path):
+    class Pipe(StringIO):
+        def write(self, text):
+            if "digit.png" in text:
+                raise BrokenPipeError(32, "Broken pipe")
+            return len(text)
+
+    with redirect_stdout(Pipe()), pytest.raises(BrokenPipeError):
+        run_main(checkpoint, tmp_path / "results", "--images", pictures)
+    assert len(read_csv(tmp_path / "results" / "pictures.csv")) == 3
 
 
 @pytest.mark.parametrize("name", ["model.tflite", "model", "model.pt", "model.PT2"])
@@ -422,9 +434,15 @@ def test_a_window_opens_where_there_is_a_display_unless_no_show(
         assert "a window opens" in capsys.readouterr().out
         run_main(checkpoint, tmp_path / "results", "--no-show")
         assert "a window opens" not in capsys.readouterr().out
-        monkeypatch.setitem(matplotlib.rcParams, "backend", "module://nowhere")
-        plt.close("all")
-        evaluate.open_window(tmp_path / "results" / "confusion_matrix.png")
-        assert "no window: No module named 'nowhere'" in capsys.readouterr().out
     finally:
         plt.switch_backend("agg")
+
+
+def lose_the_display():
+    matplotlib.rcParams["backend"] = "module://nowhere"
+
+
+def test_a_window_that_cannot_open_is_a_note(checkpoint, tmp_path):
+    flags = ["--checkpoint", str(checkpoint)]
+    script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=lose_the_display)
+    assert script.status == 0 and "no window: No module named 'nowhere'" in script.stdout
