@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
     # What the time allows
     clock = Clock(begin, args)
     if args.minutes and not checkpoint:
-        speed = measure_forward(model, train_split.images, utils.DTYPES[precision], device)
+        speed = measure_forward(model, train_split.stored, utils.DTYPES[precision], device)
         counts = len(train_split.labels), len(val_split.labels)
         args = choose_settings(argv, args, clock, speed, *counts)
     elif device.type == "cpu" and not checkpoint:
@@ -481,13 +481,15 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     end = start + (1 - clock.head_share) * clock.seconds_left()
     features, labels = compute_features(run, loader, args, end)
     clock.image_seconds = (time.perf_counter() - start) / len(features)
-    has_all = len(features) == len(loader.labels)
+    images = f"{len(features):,} of {len(loader.labels):,} images"
     seconds = None
-    if not (has_all and clock.is_network_worth_it(args.batch_size)):
-        if has_all:
-            mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
-            features = torch.cat([features, mirrored])
-            labels = torch.cat([labels, labels[: len(mirrored)]])
+    if len(features) < len(loader.labels):
+        run.end, seconds = 0, clock.seconds_left()
+    elif not clock.is_network_worth_it(args.batch_size):
+        mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
+        features = torch.cat([features, mirrored])
+        labels = torch.cat([labels, labels[: len(mirrored)]])
+        images += f" and {len(mirrored):,} mirrored ones"
         run.end, seconds = 0, clock.seconds_left()
     curve = fit_head(head, features, labels, args, run.class_weights, seconds)
     utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
@@ -495,10 +497,7 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
         run.average.load_state_dict(run.model.state_dict())
     loss, accuracy = curve[-1]
     require_finite(loss, "training", "epoch 0", args.head_learning_rate)
-    images = f"{min(len(features), len(loader.labels)):,} of {len(loader.labels):,} images"
-    mirrored = max(0, len(features) - len(loader.labels))
-    more = f" and {mirrored:,} mirrored ones" if mirrored else ""
-    utils.say("head", f"trained {len(curve)} epochs on the features of {images}{more}")
+    utils.say("head", f"trained {len(curve)} epochs on the features of {images}")
     speed = len(features) / (time.perf_counter() - start)  # computing the features included
     figures = {"learning_rate": args.head_learning_rate, "train_loss": loss, "head": curve}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
