@@ -1167,7 +1167,8 @@ def _report(
     If another one has failed before, that is the reason. One process of each machine prints it, and
     torchrun repeats what is in the error file below its own traceback.
     """
-    this, prints = this_process(), not quiet
+    this = this_process()
+    speaks = this.local_rank == 0  # for all processes of its machine
     _leaves.set()
     try:
         if this.launcher:
@@ -1179,10 +1180,10 @@ def _report(
                 message, status = f"stopped  {first_reason}", 1
                 if _Ending.safe not in message:
                     message = f"{message}\n{_state()}"
-            prints = store.add(f"said on machine {this.machine}", 1) == 1 and prints
+            speaks = store.add(f"said on machine {this.machine}", 1) == 1
     except (dist.DistError, UserError):  # the process that keeps the store has ended
-        store, prints = None, this.local_rank == 0 and not quiet
-    if prints:
+        store = None
+    if speaks and not quiet:
         with suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)
     if status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -1192,4 +1193,6 @@ def _report(
     if store:
         with suppress(dist.DistError):
             _wait_for(store, _arrive(store, "told"), seconds=3)  # this process may keep the store
+        if not speaks:
+            time.sleep(1)  # torchrun then ends it, and repeats the message of the one that speaks
     return status
