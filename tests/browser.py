@@ -85,7 +85,8 @@ class Browser:
 
     def run(self, script: str) -> object:
         """The value of an expression in the page."""
-        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        options = {"returnByValue": True, "awaitPromise": True}
+        answer = self.send("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

@@ -456,7 +456,12 @@ def test_pictures_beside_the_rows_are_those_of_the_names(classifier):
         assert torch.equal(row.pictures[1], trained.images[int(row.values[1]) - 100])
     pairs, _, suspects = evaluate.list_galleries(check, [])
     assert [len(pictures) for pictures, _ in pairs.figures] == [2] * 6
-    assert pairs.figures[0][1][0] == f"similarity {check.pairs[0].values[2]:.3f}"  # undecided
+    for (_, caption), row in zip(pairs.figures, check.pairs):
+        verdict = "a copy" if row.values[2] > 0.75 else "no copy"
+        assert caption[0] == f"similarity {row.values[2]:.3f}, {verdict}"
+    check.facts["undecided"] = True
+    undecided, *_ = evaluate.list_galleries(check, [])
+    assert undecided.figures[0][1][0] == f"similarity {check.pairs[0].values[2]:.3f}"
     assert all(pictures[0].shape == (3, 32, 32) for pictures, _ in suspects.figures)
 
 

@@ -140,7 +140,7 @@ def test_page_of_10000_pictures_stays_below_10_megabytes(tmp_path):
     _, content = parse(tmp_path / "page.html")
     assert 4e6 < (tmp_path / "page.html").stat().st_size < 10e6
     room = content["side"] ** 2 * len(content["sheets"])
-    assert 500 <= len(content["images"]["name"]) == len(content["images"]["label"]) == room
+    assert 256 <= len(content["images"]["name"]) == len(content["images"]["label"]) == room
 
 
 # ---- in a browser -------------------------------------------------------------------------------
