@@ -1164,7 +1164,7 @@ class EvalLoader:
         self.rows = torch.arange(len(images), device=images.device) if rows is None else rows
         self.batch_size = min(batch_size, len(self.rows))
         self.mirrored = False  # left to right
-        self.end = math.inf  # time.perf_counter() after which no batch but the first is begun
+        self.end = math.inf  # time.perf_counter() at which all batches but the first are done
         self.normalize_and_resize = NormalizeAndResize(image_size, self.device, mode)
 
     def __len__(self) -> int:
@@ -1173,8 +1173,10 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Float batches (batch_size, 3, image_size, image_size)."""
+        start = time.perf_counter()
         for index, rows in enumerate(self.rows.split(self.batch_size)):
-            if index and time.perf_counter() > self.end:
+            now = time.perf_counter()
+            if index and now + (now - start) / index > self.end:
                 return
             rows = torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows))])
             images = take(self.images, rows, self.device)

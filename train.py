@@ -478,19 +478,22 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     the features of all images. Loss and accuracy are those of the last of the head's epochs.
     """
     start, head, clock = time.perf_counter(), run.model.fc, run.clock
-    end = start + (1 - clock.head_share) * clock.seconds_left()
+    left = clock.seconds_left()
+    end = start + (1 - clock.head_share) * left
     features, labels = compute_features(run, loader, args, end)
     clock.image_seconds = (time.perf_counter() - start) / len(features)
     images = f"{len(features):,} of {len(loader.labels):,} images"
+    has_all = len(features) == len(loader.labels)
     seconds = None
-    if len(features) < len(loader.labels):
-        run.end, seconds = 0, clock.seconds_left()
-    elif not clock.is_network_worth_it(args.batch_size):
-        mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
-        features = torch.cat([features, mirrored])
-        labels = torch.cat([labels, labels[: len(mirrored)]])
-        images += f" and {len(mirrored):,} mirrored ones"
-        run.end, seconds = 0, clock.seconds_left()
+    if not (has_all and clock.is_network_worth_it(args.batch_size)):
+        run.end = 0
+        if has_all:
+            mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
+            features = torch.cat([features, mirrored])
+            labels = torch.cat([labels, labels[: len(mirrored)]])
+            images += f" and {len(mirrored):,} mirrored ones"
+        # Rather late than untrained, if the machine has become slower
+        seconds = max(clock.seconds_left(), clock.head_share * left / 2)
     curve = fit_head(head, features, labels, args, run.class_weights, seconds)
     utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
     if run.average is not None:
@@ -529,7 +532,7 @@ def fit_head(
         for step, batch in enumerate(order.split(batch_size)[:steps], start=1):
             progress = (len(sums) + (step - 0.5) / steps) / args.head_epochs
             if seconds is not None:
-                progress = min(1, (time.perf_counter() - start) / max(seconds, 1e-9))
+                progress = min(1, (time.perf_counter() - start) / seconds)
             optimizer.param_groups[0]["lr"] = args.head_learning_rate * cosine(progress)
             logits = head(features[batch])
             loss = compute_loss(logits, labels[batch], args, class_weights)

@@ -214,11 +214,12 @@ FAULTS = [
     ("train.py", "is_cheap = 20 * self.closing_seconds", "is_cheap = 0 * self.closing_seconds", CLOCK),
     ("train.py", 'self.begin -= state["seconds_used"]', "pass", CLOCK),
     ("train.py", "elif epoch == 0:", "elif False:", CLOCK),
+    ("train.py", "max(clock.seconds_left(), clock.head_share * left / 2)", "clock.seconds_left()", CLOCK),
     ("train.py", "least_steps = 150", "least_steps = 0", CLOCK),
     ("train.py", "args.val_images == 0 and most < val_images", "False", CLOCK),
     ("data.py", "            if self.mirrored:\n", "            if False:\n", "tests/test_data.py -k mirrored"),
     ("train.py", "if seconds is not None:\n                progress", "if False:\n                progress", CLOCK),
-    ("data.py", "if index and time.perf_counter() > self.end:", "if False:", CLOCK),
+    ("data.py", "if index and now + (now - start) / index > self.end:", "if False:", CLOCK),
     ("utils.py", 'may_change.remove("minutes")', "pass", CLOCK),
     ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", CLOCK),
 ]  # fmt: skip
