@@ -144,13 +144,14 @@ MINUTES_SETTINGS = {
     "GRAYSCALE": 0.0,
 }
 # Which image size and how many frozen stages the time is best spent on, by how often a forward pass
-# at 128 px could see all training images in it: the first line whose number is reached.
+# at 128 px could see all training images in it: the first line whose number is reached. Beside it,
+# accuracy on 5,000 held-out images of CIFAR-100, one core of a Xeon with AMX.
 MINUTES_TABLE = {
     # passes: (IMAGE_SIZE, FREEZE_STAGES); batch norm is frozen where stages are
-    60: (224, 0),
-    15: (128, 1),
-    0.1: (128, 2),
-    0.02: (96, 2),
+    60: (224, 0),  # for a GPU; not measured
+    15: (128, 1),  # not measured
+    0.1: (128, 2),  # 7 passes: 78.4 %, 1.3: 72.4 %, 0.37: 67.2 %; head on 2,880 images: 59.4 %
+    0.02: (96, 2),  # head on 5,200 images, in as much time: 59.6 %; on 2,600: 55.0, at 128 px 50.5 %
 }
 
 
