@@ -151,10 +151,7 @@ MINUTES_TABLE = {
     60: (224, 0),  # for a GPU; not measured
     15: (128, 1),  # not measured
     0.1: (128, 2),  # 7 passes: 78.4 %, 1.3: 72.4 %, 0.37: 67.2 %; head on 2,880 images: 59.4 %
-    0.02: (
-        96,
-        2,
-    ),  # head on 5,200 images, in as much time: 59.6 %; on 2,600: 55.0, at 128 px 50.5 %
+    0.02: (96, 2),  # head on 5,200: 59.6 %, on 2,600: 55.0 %; in that time at 128 px 50.5 %
 }
 
 
