@@ -620,7 +620,7 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
 class Clock:
     """How much of MINUTES is left, and how many epochs it is enough for; without limit if 0.
 
-    All processes go by the clock of rank 0, so all of them call these methods at the same places.
+    All processes go by what rank 0 measures, so all call these methods at the same places.
     """
 
     head_share = 0.1  # of the time, for the head, where there is none for the network
@@ -682,14 +682,16 @@ class Clock:
 
     def is_network_worth_it(self, batch_size: int) -> bool:
         """Whether there is time for enough steps; one takes about 2.5 forward passes."""
-        return self.seconds_left() > self.least_steps * 2.5 * batch_size * self.image_seconds
+        needed = self.least_steps * 2.5 * batch_size * self.image_seconds
+        return utils.of_rank_0(self.seconds_left() > needed)
 
     def is_closing_worth_it(self) -> bool:
         """Whether a validation and a save are cheap beside the training since the last ones."""
         if not self.is_limited:
             return True
         is_cheap = 20 * self.closing_seconds < time.perf_counter() - self.closed_at
-        return utils.of_rank_0(is_cheap) and self.seconds_left() > 2 * self.closing_seconds
+        fits = self.seconds_left() > 2 * self.closing_seconds
+        return utils.of_rank_0(is_cheap and fits)
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs to go on with the time that is left."""
