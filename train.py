@@ -442,17 +442,15 @@ def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> 
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
-    """A copy of the model to hold an average, and the floating tensors of both, in one order."""
-    average = copy.deepcopy(model).requires_grad_(False)
-    for copied, module in zip(average.modules(), model.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            copied.num_batches_tracked = module.num_batches_tracked  # counts for both
-    averages, values = [], []
-    for copied, tensor in zip(average.state_dict().values(), model.state_dict().values()):
-        if tensor.is_floating_point():
-            averages.append(copied)
-            values.append(tensor)
-    return average, [averages, values]
+    """A copy of the model to hold an average, and the floating tensors of both, in one order.
+
+    The copy's tensors need no gradients; batch norm's counters it shares with the model.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    own = {id(tensor): tensor for tensor in tensors}  # what deepcopy() shall put in their place
+    own |= {id(tensor): tensor.detach().clone() for tensor in floating}
+    return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
 
 
 def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:

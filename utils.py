@@ -1192,7 +1192,7 @@ def _report(
     if speaks and not quiet:
         with suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)
-    if status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if speaks and status < 128 and "TORCHELASTIC_ERROR_FILE" in os.environ:
         content = {"message": message, "timestamp": int(time.time())}
         with suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
