@@ -484,7 +484,7 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     images = f"{len(features):,} of {len(loader.labels):,} images"
     has_all = len(features) == len(loader.labels)
     seconds = None
-    if not (has_all and clock.is_network_worth_it(args.batch_size)):
+    if clock.is_limited and not (has_all and clock.is_network_worth_it(args.batch_size)):
         run.end = 0
         if has_all:
             mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
@@ -566,8 +566,10 @@ def compute_features(
     images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation)
     images.end, images.mirrored = end, mirrored
     features = resnet.extract_features(run.model, images, run.dtype, utils.is_first())
-    counts = utils.gather(torch.tensor(len(features), device=loader.device))
-    features = utils.gather(features[: counts.min()])  # (processes, images, num_features)
+    if loader.world_size > 1:  # only as many as each process has had time for
+        counts = utils.gather(torch.tensor(len(features), device=loader.device))
+        features = features[: counts.min()]
+    features = utils.gather(features)  # (processes, images, num_features)
     features = features.transpose(0, 1).flatten(0, 1)[: len(order)]
     return features, loader.labels[order[: len(features)].to(loader.device)]
 
