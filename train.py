@@ -19,6 +19,7 @@ import copy
 import inspect
 import math
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,81 +166,87 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
 
     # Connect: device, processes, the checkpoint to continue from
     device = utils.connect(args.device)
-    _lock = utils.lock_folder(last.parent)  # until main() returns
-    checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
-    if checkpoint:
-        args = read_settings(argv, checkpoint["constants"])
-        utils.require_same_settings(checkpoint, last, args)
-    elif this.rank == 0:
-        require_weights(args)  # before pictures are decoded
-    precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
-    utils.say("device", f"{utils.device_name(device)}, {precision}")
+    with utils.lock_folder(last.parent) or nullcontext():
+        checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
+        if checkpoint:
+            args = read_settings(argv, checkpoint["constants"])
+            utils.require_same_settings(checkpoint, last, args)
+        elif this.rank == 0:
+            require_weights(args)  # before pictures are decoded
+        precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
+        utils.say("device", f"{utils.device_name(device)}, {precision}")
 
-    # Data and model
-    train_split, val_split, facts = read_data(args, this)
-    model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
-    utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
-    utils.broadcast(model.state_dict().values())  # rank 0's weights
+        # Data and model
+        train_split, val_split, facts = read_data(args, this)
+        model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
+        utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
+        utils.broadcast(model.state_dict().values())  # rank 0's weights
 
-    # What the time allows
-    clock = Clock(begin, args)
-    if args.minutes and not checkpoint:
-        speed = measure_forward(model, train_split.stored, utils.DTYPES[precision], device)
-        counts = len(train_split.labels), len(val_split.labels)
-        args = choose_settings(argv, args, clock, speed, *counts)
-    elif device.type == "cpu" and not checkpoint:
-        advise_minutes(args, len(train_split.labels))
-    train_loader, val_loader, val_labels = make_loaders(args, this, device, train_split, val_split)
-    clock.val_images = this.world_size * len(val_labels)
-    utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
-    resnet.freeze_stages(model, args.freeze_stages)
-    class_weights = weigh_classes(args, train_loader.labels, len(facts["classes"]))
-    run = make_run(args, model, precision, class_weights, clock)
+        # What the time allows
+        clock = Clock(begin, args)
+        if args.minutes and not checkpoint:
+            speed = measure_forward(model, train_split.stored, utils.DTYPES[precision], device)
+            counts = len(train_split.labels), len(val_split.labels)
+            args = choose_settings(argv, args, clock, speed, *counts)
+        elif device.type == "cpu" and not checkpoint:
+            advise_minutes(args, len(train_split.labels))
+        train_loader, val_loader, val_labels = make_loaders(
+            args, this, device, train_split, val_split
+        )
+        clock.val_images = this.world_size * len(val_labels)
+        utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
+        resnet.freeze_stages(model, args.freeze_stages)
+        class_weights = weigh_classes(args, train_loader.labels, len(facts["classes"]))
+        run = make_run(args, model, precision, class_weights, clock)
 
-    # Restore, or start
-    metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher} | facts
-    begun = checkpoint.get("weights_checksum") if checkpoint else resnet.checksum(model)
-    metadata["weights_checksum"] = begun  # of what training began with
-    history = checkpoint["history"] if checkpoint else []
-    if checkpoint:
-        utils.restore(checkpoint, last, run.parts(), facts)
-        del checkpoint  # and its memory
-    else:
-        utils.move_aside(last.parent)
-        start = time.perf_counter()
-        utils.save_run(last.parent, metadata, run.parts(), history)
-        clock.save_seconds = 2 * (time.perf_counter() - start)  # with best.pt
-    first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
-    if args.minutes:
-        first = clock.trained + 1  # not each of its epochs is in the history
-
-    # Wrap, train
-    run.network = wrap_network(model, args.compile)
-    for epoch in range(first, args.epochs + 1):
-        if should_stop(history, args):
-            break
-        start = time.perf_counter()
-        row = {"epoch": epoch, **train_one_epoch(run, train_loader, epoch, args)}
-        clock.trained = epoch
-        is_last = epoch + 1 / len(train_loader) > run.end  # there is no time for another step
-        if is_last or clock.is_closing_worth_it():
-            row |= validate(run, val_loader, val_labels)
-            row["seconds"] = time.perf_counter() - start
-            history.append(row)
-            is_best = finish_epoch(run, history, args)
-            utils.save_run(last.parent, metadata, run.parts(), history, is_best)
-            utils.say("epoch", epoch_line(row, args) + ("  best" if is_best else ""))
-            clock.closed_at = time.perf_counter()
-            if args.curves:
-                utils.draw_progress(last.parent, history, args.watch)
-        elif epoch == 0:  # the head took most of the time, perhaps
+        # Restore, or start
+        metadata = {
+            "constants": vars(args),
+            "precision": precision,
+            "launcher": this.launcher,
+        } | facts
+        begun = checkpoint.get("weights_checksum") if checkpoint else resnet.checksum(model)
+        metadata["weights_checksum"] = begun  # of what training began with
+        history = checkpoint["history"] if checkpoint else []
+        if checkpoint:
+            utils.restore(checkpoint, last, run.parts(), facts)
+            del checkpoint  # and its memory
+        else:
+            utils.move_aside(last.parent)
+            start = time.perf_counter()
             utils.save_run(last.parent, metadata, run.parts(), history)
-        if is_last:
-            break
-    if args.curves:
-        utils.draw_progress(last.parent, history, args.watch, at_once=True)
-    report(run, args, history)
-    utils.disconnect()
+            clock.save_seconds = 2 * (time.perf_counter() - start)  # with best.pt
+        first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
+        if args.minutes:
+            first = clock.trained + 1  # not each of its epochs is in the history
+
+        # Wrap, train
+        run.network = wrap_network(model, args.compile)
+        for epoch in range(first, args.epochs + 1):
+            if should_stop(history, args):
+                break
+            start = time.perf_counter()
+            row = {"epoch": epoch, **train_one_epoch(run, train_loader, epoch, args)}
+            clock.trained = epoch
+            is_last = epoch + 1 / len(train_loader) > run.end  # there is no time for another step
+            if is_last or clock.is_closing_worth_it():
+                row |= validate(run, val_loader, val_labels)
+                row["seconds"] = time.perf_counter() - start
+                history.append(row)
+                is_best = finish_epoch(run, history, args)
+                utils.save_run(last.parent, metadata, run.parts(), history, is_best)
+                utils.say("epoch", epoch_line(row, args) + ("  best" if is_best else ""))
+                clock.closed_at = time.perf_counter()
+                if args.curves:
+                    utils.draw_progress(last.parent, history, args.watch)
+            elif epoch == 0:  # the head took most of the time, perhaps
+                utils.save_run(last.parent, metadata, run.parts(), history)
+            if is_last:
+                break
+        if args.curves:
+            utils.draw_progress(last.parent, history, args.watch, at_once=True)
+        report(run, args, history)
+        utils.disconnect()
 
 
 def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespace:

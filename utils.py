@@ -966,6 +966,7 @@ def lock_folder(folder: Path) -> object:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise UserError(
             f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
         ) from None
