@@ -44,6 +44,8 @@ from torchvision.datasets.utils import check_integrity, download_and_extract_arc
 from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 from tqdm import tqdm
 
+import utils
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -168,18 +170,54 @@ class Split(NamedTuple):
         return split._replace(stored=placed, rows=None)
 
 
-class DataError(SystemExit):
-    """The data set is missing or damaged. Uncaught: its message on stderr, exit status 1."""
-
-
 # ---- reading ------------------------------------------------------------------------------------
+
+
+def read_data(args: Namespace, this: utils.Processes) -> tuple[Split, Split, dict]:
+    """The training and the validation images, on the CPU, and the data's facts."""
+    if this.local_rank == 0:  # one process per machine downloads and decodes
+        fetch(args)
+        splits = read_splits(args, quiet=this.rank > 0)
+    utils.exchange("data")
+    if this.local_rank:
+        splits = read_splits(args, quiet=True)
+    train_split, val_split, facts = splits
+    counts = f"{len(train_split.labels):,} training and {len(val_split.labels):,} validation images"
+    utils.say("data", f"{args.dataset}: {counts}, {len(facts['classes'])} classes")
+    if not args.holdout_per_class:
+        count = max(1, min(50, train_split.labels.bincount().min().item() // 5))
+        advice = f"--holdout-per-class {count} selects on held-out training images instead"
+        images = "the test images"
+        if args.dataset not in BUILT_IN:
+            images = Path(args.dataset, "val")
+        if find_test_part(args.dataset) == "test":
+            advice = f"evaluate.py measures on {Path(args.dataset, 'test')}"
+        utils.say("note", f"best.pt is selected on {images}; {advice}")
+    if args.dataset in BUILT_IN and Path(args.dataset, "train").is_dir():
+        advice = f"the folder {args.dataset}/ is --dataset ./{args.dataset}"
+        utils.say("note", f"--dataset {args.dataset} is the built-in data set; {advice}")
+    if this.rank == 0 and args.dataset not in BUILT_IN:
+        warn_of_copies(train_split, val_split)
+    return train_split, val_split, facts
+
+
+def warn_of_copies(train_split: Split, val_split: Split) -> None:
+    """Names the first validation picture that has the pixels of a training picture, if any has."""
+    count, files = len(train_split.labels), [*train_split.files, *val_split.files]
+    groups = find_identical(train_split, val_split)
+    across = [group for group in groups if group[0] < count <= group[-1]]
+    if across:
+        copies = sum(index >= count for group in across for index in group)
+        example = f"{files[across[0][-1]]} is {files[across[0][0]]}"
+        found = f"{copies:,} of {len(val_split.labels):,} validation pictures are training pictures"
+        utils.say("note", f"{found} too, pixel for pixel: {example}, for example")
 
 
 def read_splits(settings: Namespace, quiet: bool = False) -> tuple[Split, Split, dict]:
     """The images to train on and to validate on, on the CPU, and facts about them.
 
     settings: the constants of train.py. The facts are what a checkpoint stores: "classes", and
-    "dataset" and "validation", which identify the images. Raises DataError.
+    "dataset" and "validation", which identify the images. Raises UserError.
     """
     if settings.dataset not in BUILT_IN:
         require_folders(Path(settings.dataset), settings.holdout_per_class)
@@ -204,7 +242,7 @@ def read_images(
     settings: dataset, data_dir and, for a folder, stored_size and whole_pictures, as in train.py.
     The built-in data sets have one set of images for "val" and "test". Of a folder, the classes are
     the only ones allowed, if given, and pictures that cannot be decoded are among the images: see
-    leave_out_undecoded(). quiet prints nothing. Raises DataError.
+    leave_out_undecoded(). quiet prints nothing. Raises UserError.
     """
     if settings.dataset == "cifar100":
         return read_cifar100(settings.data_dir, part)
@@ -214,16 +252,16 @@ def read_images(
 
 
 def fetch(settings: Namespace) -> None:
-    """Downloads what is missing: CIFAR-100, where that is the data set. Raises DataError."""
+    """Downloads what is missing: CIFAR-100, where that is the data set. Raises UserError."""
     if settings.dataset == "cifar100":
         fetch_cifar100(settings.data_dir)
 
 
 def split_images(images: Split, classes: list[str], settings: Namespace) -> tuple[Split, Split]:
-    """The training images in two: those to train on and the hold-out. Raises DataError."""
+    """The training images in two: those to train on and the hold-out. Raises UserError."""
     counts = images.labels.bincount(minlength=len(classes))
     if counts.min() <= settings.holdout_per_class:
-        raise DataError(
+        raise utils.UserError(
             f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
             f"than --holdout-per-class {settings.holdout_per_class}"
         )
@@ -236,7 +274,7 @@ def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
     """A split without the pictures that cannot be decoded.
 
     They are left out only after the training images were divided: mending one of them does not
-    change which others are held out. Raises DataError for a class that has no other pictures.
+    change which others are held out. Raises UserError for a class that has no other pictures.
     """
     if -1 not in split.checksums:
         return split
@@ -245,7 +283,7 @@ def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
     for file, label in zip(split.files, split.labels.tolist()):
         if label not in labels:
             folder = Path(settings.dataset, *Path(file).parts[:2])
-            raise DataError(f"{folder} has no picture that can be decoded")
+            raise utils.UserError(f"{folder} has no picture that can be decoded")
     return decoded
 
 
@@ -296,11 +334,11 @@ class OfficialFiles(CIFAR100):
 
 
 def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
-    """CIFAR-100 from DATA_DIR: 50,000 images for "train", else 10,000. Raises DataError."""
+    """CIFAR-100 from DATA_DIR: 50,000 images for "train", else 10,000. Raises UserError."""
     folder = find_cifar100(data_dir)
     files = list_official_files(folder)
     if not all(path.exists() for path in files):
-        raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
+        raise utils.UserError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
     refuse_damaged(files)  # torchvision checks too, but does not name the file
     official = OfficialFiles(folder, train=part == "train")
     images = torch.from_numpy(official.data).permute(0, 3, 1, 2)
@@ -308,7 +346,7 @@ def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
 
 
 def fetch_cifar100(data_dir: str) -> None:
-    """Downloads CIFAR-100 into DATA_DIR/cifar-100-python if a file is missing. Raises DataError.
+    """Downloads CIFAR-100 into DATA_DIR/cifar-100-python if a file is missing. Raises UserError.
 
     The official archive in DATA_DIR is unpacked instead, if it is there.
     """
@@ -330,7 +368,7 @@ def fetch_cifar100(data_dir: str) -> None:
                 path.parent.mkdir(exist_ok=True)
                 Path(scratch, CIFAR100.base_folder, path.name).replace(path)
     except OSError as error:
-        raise DataError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
+        raise utils.UserError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
 
 
 def download_cifar100(archive: Path, scratch: Path, data_dir: str) -> None:
@@ -348,7 +386,7 @@ def download_cifar100(archive: Path, scratch: Path, data_dir: str) -> None:
     finally:
         socket.setdefaulttimeout(default_timeout)
     reasons = "\n".join(failures)
-    raise DataError(
+    raise utils.UserError(
         f"CIFAR-100 could not be downloaded. Put {archive.name}, or its files train, test and meta,"
         f" into {data_dir}, or try without any: python train.py --demo\n{reasons}"
     )
@@ -368,14 +406,14 @@ def list_official_files(folder: Path) -> dict[Path, str]:
 
 
 def refuse_damaged(files: dict[Path, str]) -> None:
-    """Raises DataError for an official file with a wrong md5: none is overwritten unasked."""
+    """Raises UserError for an official file with a wrong md5: none is overwritten unasked."""
     for path, md5 in files.items():
         try:
             damaged = path.exists() and not check_integrity(path, md5)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            raise utils.UserError(f"{path} cannot be read: {error.strerror}") from error
         if damaged:
-            raise DataError(
+            raise utils.UserError(
                 f"{path} is damaged: its md5 is not the official {md5}.\n"
                 "Delete that file and start again: it will be downloaded afresh."
             )
@@ -401,7 +439,7 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
 
 
 def require_folders(root: Path, holdout_per_class: int) -> None:
-    """Raises DataError, with what to do, if a folder has no train/, or no val/ to validate on."""
+    """Raises UserError, with what to do, if a folder has no train/, or no val/ to validate on."""
     names = list_folders(root)
     advice = "Without val/, --holdout-per-class 50 validates on a part of train/"
     if "train" not in names:
@@ -417,10 +455,10 @@ def require_folders(root: Path, holdout_per_class: int) -> None:
             advice = f"Move the sub-folders of the classes ({found}, ...) into it. {advice}"
         else:
             advice = "Expected train/ and val/ with one sub-folder of pictures per class in each"
-        raise DataError(f"{root / 'train'} not found. {advice}")
+        raise utils.UserError(f"{root / 'train'} not found. {advice}")
     if not (holdout_per_class or "val" in names):
         test = f"{root / 'test'} is for evaluate.py alone. " if "test" in names else ""
-        raise DataError(f"{root / 'val'} not found. {test}{advice}")
+        raise utils.UserError(f"{root / 'val'} not found. {test}{advice}")
 
 
 def read_folder(
@@ -430,7 +468,7 @@ def read_folder(
 
     They are decoded once, into a file in DATA_DIR/decoded from which all later runs map them;
     processes that do share its memory. It is made again if a picture's name, size or time has
-    changed, or if the file itself was. What cannot be decoded is named on stderr. Raises DataError.
+    changed, or if the file itself was. What cannot be decoded is named on stderr. Raises UserError.
     """
     paths, labels, classes = list_pictures(folder, classes, quiet)
     names = [path.relative_to(folder.parent).as_posix() for path in paths]
@@ -455,7 +493,7 @@ def read_folder(
                     outdated.unlink()
         decoded = map_decoded(path, shape)
         if not decoded:
-            raise DataError(f"{path} was removed while it was made. Start again")
+            raise utils.UserError(f"{path} was removed while it was made. Start again")
     images, checksums, skipped = decoded
     if not quiet:
         for index, reason in skipped.items():
@@ -471,16 +509,16 @@ def list_pictures(
     """The pictures in a folder's sub-folders, one per class, with their labels, and the classes.
 
     What programs hide beside pictures is left out, links that lead to a folder again are not
-    followed, and what is not a picture is counted on stderr. Raises DataError if a class has no
+    followed, and what is not a picture is counted on stderr. Raises UserError if a class has no
     picture, unless the classes are given, or if a sub-folder is not one of those.
     """
     names = list_folders(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} not found. If its parent folder has moved, see --dataset")
+        raise utils.UserError(f"{folder} not found. If its parent folder has moved, see --dataset")
     if not names:
-        raise DataError(f"{folder} has no sub-folders. Expected one for each class")
+        raise utils.UserError(f"{folder} has no sub-folders. Expected one for each class")
     if not classes and len(names) < 2:
-        raise DataError(
+        raise utils.UserError(
             f"{folder} has 1 class, {names[0]}. Expected at least 2, each in its own sub-folder"
         )
     paths, labels, ignored = [], [], Counter()
@@ -490,19 +528,19 @@ def list_pictures(
         label = numbers.get(normalize("NFC", name))
         if label is None:
             nearest = difflib.get_close_matches(name, classes, 1, cutoff=0)[0]
-            raise DataError(
+            raise utils.UserError(
                 f"{folder}: {name!r} is not one of the {len(classes)} classes trained on. The most "
                 f"similar is {nearest!r}: rename the sub-folder, or remove it"
             )
         pictures, others = find_pictures(folder / name)
         kinds = Counter(path.suffix or "without an ending" for path in others)
         if not (pictures or classes):
-            raise DataError(f"{folder / name} has no picture{describe_kinds(kinds)}")
+            raise utils.UserError(f"{folder / name} has no picture{describe_kinds(kinds)}")
         paths += pictures
         labels += [label] * len(pictures)
         ignored.update(kinds)
     if not paths:
-        raise DataError(f"{folder} has no picture{describe_kinds(ignored)}")
+        raise utils.UserError(f"{folder} has no picture{describe_kinds(ignored)}")
     if ignored and not quiet:
         print(f"ignored  {folder}{describe_kinds(ignored)}", file=sys.stderr)
     return paths, torch.tensor(labels), list(classes or names)
@@ -519,7 +557,7 @@ def describe_kinds(kinds: Counter) -> str:
 
 
 def list_folders(folder: Path) -> list[str]:
-    """The sorted names of a folder's sub-folders; none if it does not exist. Raises DataError."""
+    """The sorted names of a folder's sub-folders; none if it does not exist. Raises UserError."""
     try:
         return sorted(x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name))
     except (FileNotFoundError, NotADirectoryError):
@@ -529,7 +567,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder that Pillow can read, sorted, and the others. Raises DataError.
+    """The files in a folder that Pillow can read, sorted, and the others. Raises UserError.
 
     It goes by a file's ending, and by its content if the ending tells nothing.
     """
@@ -560,7 +598,7 @@ def is_picture(path: Path) -> bool:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise DataError(f"{error.filename}: {error.strerror}") from error
+    raise utils.UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def hidden(name: str) -> bool:
@@ -586,7 +624,7 @@ def map_decoded(
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path} cannot be mapped: {error.strerror or error}") from error
+        raise utils.UserError(f"{path} cannot be mapped: {error.strerror or error}") from error
     except Exception:  # noqa: BLE001, a damaged file can hold anything
         return None
     with warnings.catch_warnings():
@@ -605,7 +643,7 @@ def decode_into(
 ) -> None:
     """Decodes pictures into a file, with another beside it, .json, that describes it.
 
-    Either both files are there in the end or DataError was raised. Memory does not grow with the
+    Either both files are there in the end or utils.UserError was raised. Memory does not grow with the
     number of pictures.
     """
     try:
@@ -617,7 +655,7 @@ def decode_into(
             errors = decode(files, images, whole, quiet, checksums)
             unreadable = [error for error in errors if error.startswith("[Errno")]
             if unreadable or all(errors):  # what the system refuses now it may allow later
-                raise DataError(f"No picture: {(unreadable or errors)[0]}")
+                raise utils.UserError(f"No picture: {(unreadable or errors)[0]}")
             images.flush()
             del images  # Windows renames no file that is mapped
             skipped = {str(index): error for index, error in enumerate(errors) if error}
@@ -626,7 +664,7 @@ def decode_into(
             new.replace(path)
             about.replace(path.with_suffix(".json"))
     except OSError as error:
-        raise DataError(
+        raise utils.UserError(
             f"Decoded pictures cannot be stored in {path.parent}: {error.strerror or error}. "
             "See --data-dir"
         ) from error
@@ -790,7 +828,7 @@ def read_pictures(
     """The pictures that paths name, files or folders, in batches: their files and pixels.
 
     Pixels are uint8 (B, 3, size, size), as of read_picture(). Pictures that cannot be decoded are
-    named on stderr. Raises DataError, at the end, if there was no other.
+    named on stderr. Raises UserError, at the end, if there was no other.
     """
     files, found = [], False
     for path in map(Path, paths):
@@ -810,7 +848,7 @@ def read_pictures(
             found = True
             yield [batch[index] for index in good], torch.from_numpy(images[good])
     if not found:
-        raise DataError(f"No picture among {', '.join(paths)}. Name image files, or folders")
+        raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
 
 
 def split_per_class(
@@ -1057,21 +1095,13 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 # ---- loaders ------------------------------------------------------------------------------------
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The layout of images and weights: channels_last, the faster one for convolutions.
-
-    Contiguous on MPS, where batch norm has wrong gradients for channels_last: pytorch issue 175189.
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
 class NormalizeAndResize:
     """Float images in [0, 1] to normalized ones (B, 3, S, S) in the device's memory format."""
 
     def __init__(self, image_size: int, device: torch.device, mode: str = "bilinear") -> None:
         """mode: of F.interpolate()."""
         self.image_size, self.mode = image_size, mode
-        self.memory_format = memory_format(device)
+        self.memory_format = utils.memory_format(device)
         # Made once: copying them to the GPU for every batch would make the host wait.
         self.mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
         self.std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
@@ -1116,7 +1146,7 @@ class TrainLoader:
         All random numbers are drawn on the CPU and copied over at the start of the epoch: the same
         images on every kind of device, and no synchronization with the host later.
         """
-        generator = torch.Generator().manual_seed(mix_seed(self.settings.seed, epoch))
+        generator = torch.Generator().manual_seed(utils.mix_seed(self.settings.seed, epoch))
         count, size = len(self) * self.batch_size, self.images.shape[-1]
         order = torch.randperm(len(self.labels), generator=generator)[:count]
         parameters = draw_parameters(self.settings, count, size, generator)
@@ -1185,6 +1215,30 @@ class EvalLoader:
             yield self.normalize_and_resize(images.float() / 255)
 
 
+def make_loaders(
+    args: Namespace,
+    this: utils.Processes,
+    device: torch.device,
+    train_split: Split,
+    val_split: Split,
+) -> tuple[TrainLoader, EvalLoader, Tensor]:
+    """The loaders, on the device, and the labels of this process's validation images."""
+    if args.val_images:
+        step = math.ceil(len(val_split.labels) / args.val_images)
+        val_split = val_split.select(slice(None, None, step))
+    sizes = len(train_split.labels), len(val_split.labels)
+    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
+        raise utils.UserError(
+            f"{sizes[0]} training and {sizes[1]} validation images are too few for "
+            f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
+        )
+    train_loader = TrainLoader(train_split.to(device), args, this.rank, this.world_size)
+    val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
+    sizes, mode = (args.val_batch_size, args.image_size), args.interpolation
+    val_loader = EvalLoader(val_split.stored, *sizes, device, val_split.rows, mode)
+    return train_loader, val_loader, val_split.labels
+
+
 def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """images[rows] on the device.
 
@@ -1195,12 +1249,6 @@ def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     if batch.device.type == "cpu" and device.type == "cuda":
         batch = batch.pin_memory()
     return batch.to(device, non_blocking=True)
-
-
-def mix_seed(*numbers: int) -> int:
-    """One seed from several numbers below 2**32, mixed by numpy, because sums would collide."""
-    padded = [len(numbers), *numbers]  # to numpy, (1,) and (1, 0) are the same
-    return int(np.random.SeedSequence(padded).generate_state(1, np.uint64)[0])
 
 
 # ---- copies -------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Classifier:
                 raise ValueError("its batch or image size is not a positive number")
             model = resnet.build_model(self.constants["architecture"], len(self.classes))
             model.load_state_dict(self.checkpoint["model"])
-        self.model = model.to(self.device, memory_format=data.memory_format(self.device))
+        self.model = model.to(self.device, memory_format=utils.memory_format(self.device))
         utils.say("device", f"{utils.device_name(self.device)}, {self.checkpoint['precision']}")
         utils.say("model", f"{self.path}, epoch {self.checkpoint['epoch']}")
         if self.tta and not self.constants["flip"]:
@@ -749,7 +749,7 @@ def load_initial_network(classifier: Classifier) -> nn.Module:
     if begun and begun != resnet.checksum(model):
         utils.say("note", f"{path} has changed since training began: {effect}")
         return classifier.model
-    return model.to(classifier.device, memory_format=data.memory_format(classifier.device))
+    return model.to(classifier.device, memory_format=utils.memory_format(classifier.device))
 
 
 def score_without_copies(check: DataCheck, result: Result, others: list[Result]) -> dict:

@@ -1,25 +1,27 @@
 """ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
 
+import inspect
 import zlib
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 from torchvision.models import get_model, get_model_weights, list_models
 from tqdm import tqdm
+
+import utils
 
 # What ARCHITECTURE of train.py can be: ResNet, ResNeXt and Wide ResNet
 ARCHITECTURES = list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
 
 WRAPPINGS = ("state_dict", "model_state_dict", "model")  # under which checkpoints hold the weights
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, Lightning
-
-
-class WeightsError(SystemExit):
-    """Weights cannot be downloaded. Uncaught: its message on stderr, exit status 1."""
 
 
 class Head(nn.Sequential):
@@ -36,6 +38,20 @@ class Head(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.to(self[0].weight.dtype))
+
+
+def make_model(
+    args: Namespace, classes: list[str], device: torch.device, pretrained: bool
+) -> nn.Module:
+    """The network on its device, with the weights that WEIGHTS names if pretrained, on rank 0."""
+    torch.manual_seed(utils.mix_seed(args.seed))  # for the new layers
+    model = build_model(args.architecture, len(classes))
+    if pretrained and utils.this_process().rank == 0:
+        load_weights(model, args, classes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = args.weights or "random weights"
+    utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
+    return model.to(device, memory_format=utils.memory_format(device))
 
 
 def build_model(architecture: str, num_classes: int) -> nn.Module:
@@ -55,7 +71,7 @@ def weight_names(architecture: str) -> list[str]:
 def download_weights(architecture: str, name: str) -> Path:
     """The file of torchvision's weights of that name, downloaded if it is missing, its hash checked.
 
-    Raises WeightsError.
+    Raises UserError.
     """
     weights, path = get_model_weights(architecture)[name], find_weights(architecture, name)
     if path.is_file():
@@ -65,7 +81,7 @@ def download_weights(architecture: str, name: str) -> Path:
             raise OSError("there is no home folder to store them in. Set HOME, or TORCH_HOME")
         weights.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:
-        raise WeightsError(
+        raise utils.UserError(
             f"Weights {name} could not be downloaded: {error}\n"
             f"Download {weights.url} elsewhere and pass its path, "
             'or train from scratch with --weights ""'
@@ -79,6 +95,39 @@ def find_weights(architecture: str, name: str) -> Path:
         return Path(name)
     url = get_model_weights(architecture)[name].url
     return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+
+
+def require_weights(args: Namespace) -> None:
+    """Raises UserError if WEIGHTS is neither a name of torchvision's nor a file nor empty."""
+    names = weight_names(args.architecture)
+    if args.weights and args.weights not in names and not Path(args.weights).is_file():
+        expected = f'{", ".join(names)}, the path of a state_dict file, or ""'
+        raise utils.UserError(f"Weights {args.weights} not found. Expected {expected}")
+
+
+def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
+    """Loads WEIGHTS into a new model, a checkpoint's head too if its classes are the same.
+
+    Raises UserError if they cannot be had or do not fit.
+    """
+    require_weights(args)
+    if not args.weights:
+        return
+    path, advice = Path(args.weights), ""
+    if args.weights in weight_names(args.architecture):
+        path = download_weights(args.architecture, args.weights)
+        advice = ". Delete it: it will be downloaded again"
+    try:
+        loaded = utils.load_safely(path, zip_only=False)
+        weights = unwrap_weights(loaded)
+        utils.require_sound(weights)
+    except Exception as error:
+        reason = explain_unreadable(path, error) or utils.reason_of(error)
+        raise utils.UserError(
+            f"{path} is not a state_dict file that can be used: {reason}{advice}"
+        ) from error
+    with utils.explained_misfit(path, args.architecture):
+        load_pretrained(model, weights, with_head=loaded.get("classes") == classes)
 
 
 def unwrap_weights(loaded: object) -> dict[str, Tensor]:
@@ -142,6 +191,23 @@ def checksum(model: nn.Module) -> str:
         if not name.startswith("fc."):
             crc32 = zlib.crc32(values.cpu().contiguous().numpy(), crc32)
     return f"{crc32:08x}"
+
+
+def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
+    """The model over all processes, compiled if asked for.
+
+    Batch norm normalizes per process; the running statistics that count are those of rank 0.
+    """
+    network = model
+    if dist.is_initialized():
+        names = inspect.signature(DistributedDataParallel).parameters
+        renamed = "forward_sync_buffers" in names  # torch 2.14's name for broadcast_buffers
+        sync_buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
+        options = {"gradient_as_bucket_view": True, sync_buffers: False}
+        network = DistributedDataParallel(network, **options)
+    if compile_it and utils.can_compile(next(model.parameters()).device):
+        network = torch.compile(network)
+    return network
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

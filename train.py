@@ -16,7 +16,6 @@ import time
 start_of_script = time.perf_counter()  # MINUTES counts the import of torch, which takes seconds
 
 import copy
-import inspect
 import math
 from argparse import Namespace
 from contextlib import nullcontext
@@ -24,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -167,62 +164,36 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
     # Connect: device, processes, the checkpoint to continue from
     device = utils.connect(args.device)
     with utils.lock_folder(last.parent) or nullcontext():
-        checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
-        if checkpoint:
-            args = read_settings(argv, checkpoint["constants"])
-            utils.require_same_settings(checkpoint, last, args)
-        elif this.rank == 0:
-            require_weights(args)  # before pictures are decoded
+        args, checkpoint = find_run(argv, args, last)
         precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
         utils.say("device", f"{utils.device_name(device)}, {precision}")
 
-        # Data and model
-        train_split, val_split, facts = read_data(args, this)
-        model = make_model(args, facts["classes"], device, pretrained=not checkpoint)
+        # Data, model, and what the time allows
+        *splits, facts = data.read_data(args, this)
+        model = resnet.make_model(args, facts["classes"], device, pretrained=not checkpoint)
         utils.require_same_run(args, facts | {"precision": precision})  # waits for downloads
         utils.broadcast(model.state_dict().values())  # rank 0's weights
-
-        # What the time allows
-        clock = Clock(begin, args)
+        clock = utils.Clock(begin, args)
         if args.minutes and not checkpoint:
-            speed = measure_forward(model, train_split.stored, utils.DTYPES[precision], device)
-            counts = len(train_split.labels), len(val_split.labels)
-            args = choose_settings(argv, args, clock, speed, *counts)
+            args = choose_settings(argv, args, clock, model, precision, *splits)
         elif device.type == "cpu" and not checkpoint:
-            advise_minutes(args, len(train_split.labels))
-        train_loader, val_loader, val_labels = make_loaders(
-            args, this, device, train_split, val_split
-        )
+            advise_minutes(args, len(splits[0].labels))
+        train_loader, val_loader, val_labels = data.make_loaders(args, this, device, *splits)
         clock.val_images = this.world_size * len(val_labels)
         utils.say("settings", " ".join(f"{name}={value}" for name, value in vars(args).items()))
+
+        # Restore, or start
         resnet.freeze_stages(model, args.freeze_stages)
         class_weights = weigh_classes(args, train_loader.labels, len(facts["classes"]))
         run = make_run(args, model, precision, class_weights, clock)
-
-        # Restore, or start
-        metadata = {
-            "constants": vars(args),
-            "precision": precision,
-            "launcher": this.launcher,
-        } | facts
-        begun = checkpoint.get("weights_checksum") if checkpoint else resnet.checksum(model)
-        metadata["weights_checksum"] = begun  # of what training began with
-        history = checkpoint["history"] if checkpoint else []
-        if checkpoint:
-            utils.restore(checkpoint, last, run.parts(), facts)
-            del checkpoint  # and its memory
-        else:
-            utils.move_aside(last.parent)
-            start = time.perf_counter()
-            utils.save_run(last.parent, metadata, run.parts(), history)
-            clock.save_seconds = 2 * (time.perf_counter() - start)  # with best.pt
-        first = len(history) + (0 if args.head_epochs else 1)  # epoch 0 trains the head alone
-        if args.minutes:
-            first = clock.trained + 1  # not each of its epochs is in the history
+        metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher}
+        metadata |= facts
+        history = restore_or_start(checkpoint, last, run, metadata)
+        checkpoint = None  # frees its memory
 
         # Wrap, train
-        run.network = wrap_network(model, args.compile)
-        for epoch in range(first, args.epochs + 1):
+        run.network = resnet.wrap_network(model, args.compile)
+        for epoch in range(clock.trained + 1, args.epochs + 1):
             if should_stop(history, args):
                 break
             start = time.perf_counter()
@@ -233,18 +204,11 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
                 row |= validate(run, val_loader, val_labels)
                 row["seconds"] = time.perf_counter() - start
                 history.append(row)
-                is_best = finish_epoch(run, history, args)
-                utils.save_run(last.parent, metadata, run.parts(), history, is_best)
-                utils.say("epoch", epoch_line(row, args) + ("  best" if is_best else ""))
-                clock.closed_at = time.perf_counter()
-                if args.curves:
-                    utils.draw_progress(last.parent, history, args.watch)
+                close_epoch(run, history, metadata, args)
             elif epoch == 0:  # the head took most of the time, perhaps
                 utils.save_run(last.parent, metadata, run.parts(), history)
             if is_last:
                 break
-        if args.curves:
-            utils.draw_progress(last.parent, history, args.watch, at_once=True)
         report(run, args, history)
         utils.disconnect()
 
@@ -265,6 +229,36 @@ def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespa
     return utils.parse_flags(__file__, argv, settings)
 
 
+def find_run(argv: list[str] | None, args: Namespace, last: Path) -> tuple[Namespace, dict | None]:
+    """The checkpoint to continue from and the constants to go on with; None for a new run."""
+    checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
+    if checkpoint:
+        args = read_settings(argv, checkpoint["constants"])
+        utils.require_same_settings(checkpoint, last, args)
+    elif utils.is_first():
+        resnet.require_weights(args)  # before pictures are decoded
+    return args, checkpoint
+
+
+def restore_or_start(checkpoint: dict | None, last: Path, run: "Run", metadata: dict) -> list[dict]:
+    """Loads the checkpoint, or writes last.pt before the first epoch; returns the history so far.
+
+    Adds to the metadata the checksum of the weights that training began with.
+    """
+    if checkpoint:
+        utils.restore(checkpoint, last, run.parts(), metadata)
+        metadata["weights_checksum"] = checkpoint.get("weights_checksum")
+        if checkpoint["history"] and not run.clock.is_limited:
+            run.clock.trained = checkpoint["history"][-1]["epoch"]
+        return checkpoint["history"]
+    metadata["weights_checksum"] = resnet.checksum(run.model)
+    utils.move_aside(last.parent)
+    start = time.perf_counter()
+    utils.save_run(last.parent, metadata, run.parts(), [])
+    run.clock.save_seconds = 2 * (time.perf_counter() - start)  # with best.pt
+    return []
+
+
 def advise_minutes(args: Namespace, images: int) -> None:
     """Tells someone without a GPU of --minutes, if the run would take most of an hour or more."""
     images_at_224 = images * args.epochs * (args.image_size / 224) ** 2
@@ -283,7 +277,7 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
     if epoch == 0:
         return train_head(run, loader, args)
     resnet.set_train_mode(run.network, args.freeze_batch_norm)
-    torch.manual_seed(data.mix_seed(args.seed, epoch, loader.rank))  # for dropout
+    torch.manual_seed(utils.mix_seed(args.seed, epoch, loader.rank))  # for dropout
     run.end = min(args.epochs, run.clock.start_epoch(epoch))
     steps, start = len(loader), time.perf_counter()
     loss_sum, correct_sum = next(run.model.parameters()).new_zeros(2)  # on the device
@@ -389,7 +383,7 @@ class Run:
     dtype: torch.dtype  # of autocast
     class_weights: Tensor | None  # (num_classes,)
     end: float  # epochs, a fraction included, with which the run ends at the latest
-    clock: "Clock"  # with MINUTES it moves the end
+    clock: utils.Clock  # with MINUTES it moves the end
 
     @property
     def validated(self) -> nn.Module:
@@ -412,7 +406,7 @@ def make_run(
     model: nn.Module,
     precision: str,
     class_weights: Tensor | None = None,
-    clock: "Clock | None" = None,
+    clock: utils.Clock | None = None,
 ) -> Run:
     """The optimizer and its schedule for a model that is on its device already."""
     device = next(model.parameters()).device
@@ -424,8 +418,19 @@ def make_run(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     average, averaged = make_average(model) if args.ema_decay else (None, [])
-    parts = average, averaged, optimizer, scheduler, scaler, utils.DTYPES[precision]
-    return Run(model, model, *parts, class_weights, args.epochs, clock or Clock(0, args))
+    return Run(
+        model=model,
+        network=model,
+        average=average,
+        averaged=averaged,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        dtype=utils.DTYPES[precision],
+        class_weights=class_weights,
+        end=args.epochs,
+        clock=clock or utils.Clock(0, args),
+    )
 
 
 def weigh_classes(args: Namespace, labels: Tensor, num_classes: int) -> Tensor | None:
@@ -458,23 +463,6 @@ def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
     own = {id(tensor): tensor for tensor in tensors}  # what deepcopy() shall put in their place
     own |= {id(tensor): tensor.detach().clone() for tensor in floating}
     return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
-
-
-def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
-    """The model over all processes, compiled if asked for.
-
-    Batch norm normalizes per process; the running statistics that count are those of rank 0.
-    """
-    network = model
-    if dist.is_initialized():
-        names = inspect.signature(DistributedDataParallel).parameters
-        renamed = "forward_sync_buffers" in names  # torch 2.14's name for broadcast_buffers
-        sync_buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
-        options = {"gradient_as_bucket_view": True, sync_buffers: False}
-        network = DistributedDataParallel(network, **options)
-    if compile_it and utils.can_compile(next(model.parameters()).device):
-        network = torch.compile(network)
-    return network
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
@@ -525,7 +513,7 @@ def fit_head(
     It trains for HEAD_EPOCHS or, if they are given, for so many seconds.
     """
     optimizer = make_optimizer(head, args.head_learning_rate, args)
-    seed, batch_size = data.mix_seed(args.seed, 0), min(args.batch_size, len(labels))
+    seed, batch_size = utils.mix_seed(args.seed, 0), min(args.batch_size, len(labels))
     steps = len(labels) // batch_size
     torch.manual_seed(seed)  # for dropout
     generator = torch.Generator().manual_seed(seed)
@@ -564,7 +552,7 @@ def compute_features(
     Each process computes its share, in random order, until all are done or the time is end by
     time.perf_counter(). Images that are left out are the last of the order.
     """
-    generator = torch.Generator().manual_seed(data.mix_seed(args.seed, 0))
+    generator = torch.Generator().manual_seed(utils.mix_seed(args.seed, 0))
     order = torch.randperm(len(loader.labels), generator=generator)
     padding = order[: -len(order) % loader.world_size]  # as many images for each process
     share = torch.cat([order, padding])[loader.rank :: loader.world_size]
@@ -603,6 +591,17 @@ def finish_epoch(run: Run, history: list[dict], args: Namespace) -> bool:
     return epochs_since_best(history, args) == 0
 
 
+def close_epoch(run: Run, history: list[dict], metadata: dict, args: Namespace) -> None:
+    """Steps the schedule, saves, prints and draws the last epoch of the history."""
+    folder = Path(args.checkpoint_dir)
+    is_best = finish_epoch(run, history, args)
+    utils.save_run(folder, metadata, run.parts(), history, is_best)
+    utils.say("epoch", epoch_line(history[-1], args) + ("  best" if is_best else ""))
+    run.clock.closed_at = time.perf_counter()
+    if args.curves:
+        utils.draw_progress(folder, history, args.watch)
+
+
 def epochs_since_best(history: list[dict], args: Namespace) -> int:
     """How many epochs have passed without an improvement of what is watched."""
     return history[-1]["epoch"] - utils.best_epoch(history, args.watch)["epoch"]
@@ -624,104 +623,9 @@ def require_finite(loss: float, kind: str, place: str, rate: float) -> None:
 # ---- the clock of --minutes ---------------------------------------------------------------------
 
 
-class Clock:
-    """How much of MINUTES is left, and how many epochs it is enough for; without limit if 0.
-
-    All processes go by what rank 0 measures, so all call these methods at the same places.
-    """
-
-    head_share = 0.1  # of the time, for the head, where there is none for the network
-    # Fewer steps make the network worse than its head alone: 32 of 64 images cost 4.6 points (2.9 to
-    # 6.3) of 69.2 % on 2,000 held-out images, 94 cost 1.4 (-0.4 to 3.1), 250 gained 2.6.
-    least_steps = 150
-
-    def __init__(self, begin: float, args: Namespace) -> None:
-        """begin: time.perf_counter() when the script was started."""
-        self.is_limited = args.minutes > 0
-        self.begin = self.closed_at = begin
-        self.seconds = 60 * args.minutes
-        self.val_images = 0
-        self.ending_seconds = 4 if args.curves else 1  # to draw them, and for Python to end
-        self.save_seconds = 0.0  # of last.pt and best.pt
-        self.image_seconds = 0.0  # of a forward pass, per image, as measured last
-        self.epoch_seconds = 0.0  # at the pace of the last readings; 0 before the first
-        self.trained = -1 if args.head_epochs else 0  # the last epoch that was trained
-        self.done = 0.0  # epochs at the last reading, a fraction included
-        self.next_reading = math.inf  # epochs at which the next is due
-
-    @property
-    def closing_seconds(self) -> float:
-        """Of a validation, which may be a tenth slower than measured, and the save after it."""
-        return 1.1 * self.val_images * self.image_seconds + self.save_seconds
-
-    def seconds_left(self) -> float:
-        """For training: without a last validation, its save and the end of the script."""
-        if not self.is_limited:
-            return math.inf
-        end = self.begin + self.seconds - self.closing_seconds - self.ending_seconds
-        return utils.of_rank_0(end - time.perf_counter())
-
-    def start_epoch(self, epoch: int) -> float:
-        """The end of the training at the pace of the epochs before; infinite before the first."""
-        if not self.is_limited:
-            return math.inf
-        self.done = self.next_reading = epoch - 1.0
-        self.read_at = time.perf_counter()
-        if not self.epoch_seconds:
-            return math.inf
-        return utils.of_rank_0(self.done + self.seconds_left() / self.epoch_seconds)
-
-    def read(self, done: float) -> float:
-        """The end of the training, in epochs, at the pace since the last reading and before it.
-
-        done: epochs so far, a fraction included. The next reading is due half-way to the end, so
-        that readings become frequent where there is little time to correct an error.
-        """
-        if not self.is_limited:
-            return math.inf
-        now = time.perf_counter()
-        pace = (now - self.read_at) / (done - self.done)
-        self.epoch_seconds = (pace + (self.epoch_seconds or pace)) / 2
-        self.read_at, self.done = now, done
-        end = utils.of_rank_0(done + max(0, self.seconds_left()) / self.epoch_seconds)
-        self.next_reading = (done + end) / 2
-        return end
-
-    def is_network_worth_it(self, batch_size: int) -> bool:
-        """Whether there is time for enough steps; one takes about 2.5 forward passes."""
-        needed = self.least_steps * 2.5 * batch_size * self.image_seconds
-        return utils.of_rank_0(self.seconds_left() > needed)
-
-    def is_closing_worth_it(self) -> bool:
-        """Whether a validation and a save are cheap beside the training since the last ones."""
-        if not self.is_limited:
-            return True
-        is_cheap = 20 * self.closing_seconds < time.perf_counter() - self.closed_at
-        fits = self.seconds_left() > 2 * self.closing_seconds
-        return utils.of_rank_0(is_cheap and fits)
-
-    def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to go on with the time that is left."""
-        return {
-            "seconds_used": time.perf_counter() - self.begin,
-            "save_seconds": self.save_seconds,
-            "image_seconds": self.image_seconds,
-            "epoch_seconds": self.epoch_seconds,
-            "trained": self.trained,
-        }
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.begin -= state["seconds_used"]
-        self.save_seconds = state["save_seconds"]
-        self.image_seconds = state["image_seconds"]
-        self.epoch_seconds = state["epoch_seconds"]
-        self.trained = state["trained"]
-
-
-def measure_forward(
-    model: nn.Module, images: Tensor, dtype: torch.dtype, device: torch.device
-) -> float:
+def measure_forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> float:
     """Images per second of a forward pass at 128 px, by all processes, over two seconds."""
+    device = next(model.parameters()).device
     images = images[: 32 if device.type == "cpu" else 1024]
     loader = data.EvalLoader(images, 128, 128, device, mode="bicubic")
 
@@ -740,16 +644,18 @@ def measure_forward(
 def choose_settings(
     argv: list[str] | None,
     args: Namespace,
-    clock: Clock,
-    speed: float,
-    train_images: int,
-    val_images: int,
+    clock: utils.Clock,
+    model: nn.Module,
+    precision: str,
+    train_split: data.Split,
+    val_split: data.Split,
 ) -> Namespace:
     """The settings of the first line of MINUTES_TABLE that is reached; flags win over it.
 
-    speed: images per second of a forward pass at 128 px. Raises UserError if no line is reached.
+    Raises UserError if no line is reached.
     """
-    seconds = clock.seconds_left()
+    speed = measure_forward(model, train_split.stored, utils.DTYPES[precision])
+    seconds, train_images = clock.seconds_left(), len(train_split.labels)
     passes = seconds * speed / train_images
     for least, (image_size, stages) in MINUTES_TABLE.items():
         if passes >= least:
@@ -768,123 +674,12 @@ def choose_settings(
     check_combinations(args, utils.this_process().world_size)
     clock.image_seconds = (args.image_size / 128) ** 2 / speed
     most = int(0.2 * seconds / clock.image_seconds)  # a fifth of the time for the validation
-    if args.val_images == 0 and most < val_images:
+    if args.val_images == 0 and most < len(val_split.labels):
         args.val_images = most
     count = f"a forward pass at 128 px could see the training images {passes:.2g} times"
     parts = f"{args.image_size} px, {args.freeze_stages} stages frozen"
     utils.say("chosen", f"{parts}: {count} in the time left")
     return args
-
-
-def read_data(args: Namespace, this: utils.Processes) -> tuple[data.Split, data.Split, dict]:
-    """The training and the validation images, on the CPU, and the data's facts."""
-    if this.local_rank == 0:  # one process per machine downloads and decodes
-        data.fetch(args)
-        splits = data.read_splits(args, quiet=this.rank > 0)
-    utils.exchange("data")
-    if this.local_rank:
-        splits = data.read_splits(args, quiet=True)
-    train_split, val_split, facts = splits
-    counts = f"{len(train_split.labels):,} training and {len(val_split.labels):,} validation images"
-    utils.say("data", f"{args.dataset}: {counts}, {len(facts['classes'])} classes")
-    if not args.holdout_per_class:
-        count = max(1, min(50, train_split.labels.bincount().min().item() // 5))
-        advice = f"--holdout-per-class {count} selects on held-out training images instead"
-        images = "the test images"
-        if args.dataset not in data.BUILT_IN:
-            images = Path(args.dataset, "val")
-        if data.find_test_part(args.dataset) == "test":
-            advice = f"evaluate.py measures on {Path(args.dataset, 'test')}"
-        utils.say("note", f"best.pt is selected on {images}; {advice}")
-    if args.dataset in data.BUILT_IN and Path(args.dataset, "train").is_dir():
-        advice = f"the folder {args.dataset}/ is --dataset ./{args.dataset}"
-        utils.say("note", f"--dataset {args.dataset} is the built-in data set; {advice}")
-    if this.rank == 0 and args.dataset not in data.BUILT_IN:
-        warn_of_copies(train_split, val_split)
-    return train_split, val_split, facts
-
-
-def make_loaders(
-    args: Namespace,
-    this: utils.Processes,
-    device: torch.device,
-    train_split: data.Split,
-    val_split: data.Split,
-) -> tuple[data.TrainLoader, data.EvalLoader, Tensor]:
-    """The loaders, on the device, and the labels of this process's validation images."""
-    if args.val_images:
-        step = math.ceil(len(val_split.labels) / args.val_images)
-        val_split = val_split.select(slice(None, None, step))
-    sizes = len(train_split.labels), len(val_split.labels)
-    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
-        raise utils.UserError(
-            f"{sizes[0]} training and {sizes[1]} validation images are too few for "
-            f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
-        )
-    train_loader = data.TrainLoader(train_split.to(device), args, this.rank, this.world_size)
-    val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
-    sizes, mode = (args.val_batch_size, args.image_size), args.interpolation
-    val_loader = data.EvalLoader(val_split.stored, *sizes, device, val_split.rows, mode)
-    return train_loader, val_loader, val_split.labels
-
-
-def warn_of_copies(train_split: data.Split, val_split: data.Split) -> None:
-    """Names the first validation picture that has the pixels of a training picture, if any has."""
-    count, files = len(train_split.labels), [*train_split.files, *val_split.files]
-    groups = data.find_identical(train_split, val_split)
-    across = [group for group in groups if group[0] < count <= group[-1]]
-    if across:
-        copies = sum(index >= count for group in across for index in group)
-        example = f"{files[across[0][-1]]} is {files[across[0][0]]}"
-        found = f"{copies:,} of {len(val_split.labels):,} validation pictures are training pictures"
-        utils.say("note", f"{found} too, pixel for pixel: {example}, for example")
-
-
-def make_model(
-    args: Namespace, classes: list[str], device: torch.device, pretrained: bool
-) -> nn.Module:
-    """The network on its device, with the weights that WEIGHTS names if pretrained, on rank 0."""
-    torch.manual_seed(data.mix_seed(args.seed))  # for the new layers
-    model = resnet.build_model(args.architecture, len(classes))
-    if pretrained and utils.this_process().rank == 0:
-        load_weights(model, args, classes)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    source = args.weights or "random weights"
-    utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
-    return model.to(device, memory_format=data.memory_format(device))
-
-
-def require_weights(args: Namespace) -> None:
-    """Raises UserError if WEIGHTS is neither a name of torchvision's nor a file nor empty."""
-    names = resnet.weight_names(args.architecture)
-    if args.weights and args.weights not in names and not Path(args.weights).is_file():
-        expected = f'{", ".join(names)}, the path of a state_dict file, or ""'
-        raise utils.UserError(f"Weights {args.weights} not found. Expected {expected}")
-
-
-def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
-    """Loads WEIGHTS into a new model, a checkpoint's head too if its classes are the same.
-
-    Raises UserError, or model.WeightsError, if they cannot be had or do not fit.
-    """
-    require_weights(args)
-    if not args.weights:
-        return
-    path, advice = Path(args.weights), ""
-    if args.weights in resnet.weight_names(args.architecture):
-        path = resnet.download_weights(args.architecture, args.weights)
-        advice = ". Delete it: it will be downloaded again"
-    try:
-        loaded = utils.load_safely(path, zip_only=False)
-        weights = resnet.unwrap_weights(loaded)
-        utils.require_sound(weights)
-    except Exception as error:
-        reason = resnet.explain_unreadable(path, error) or utils.reason_of(error)
-        raise utils.UserError(
-            f"{path} is not a state_dict file that can be used: {reason}{advice}"
-        ) from error
-    with utils.explained_misfit(path, args.architecture):
-        resnet.load_pretrained(model, weights, with_head=loaded.get("classes") == classes)
 
 
 def check_combinations(args: Namespace, world_size: int) -> None:
@@ -938,7 +733,9 @@ def epoch_line(row: dict[str, float], args: Namespace) -> str:
 
 
 def report(run: Run, args: Namespace, history: list[dict]) -> None:
-    """Prints why the run ended, its best epoch, and the next command."""
+    """Draws the run, and prints why it ended, its best epoch, and the next command."""
+    if args.curves:
+        utils.draw_progress(Path(args.checkpoint_dir), history, args.watch, at_once=True)
     best = utils.best_epoch(history, args.watch)
     if should_stop(history, args):
         count = epochs_since_best(history, args)

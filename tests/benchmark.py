@@ -204,7 +204,7 @@ def start_run(setup: Setup, compile_it: bool = False) -> train.Run:
     model = resnet.build_model("resnet50", 100)
     model = model.to(setup.device, memory_format=torch.channels_last)
     run = train.make_run(setup.args, model, setup.args.precision)
-    run.network = train.wrap_network(model, compile_it)
+    run.network = resnet.wrap_network(model, compile_it)
     return run
 
 
@@ -317,7 +317,7 @@ def read_images(data_dir: str) -> tuple[data.Split, str]:
     """CIFAR-100's training images if they are there, else as many random ones; and which."""
     try:
         return data.read_cifar100(data_dir, "train")[0], "CIFAR-100"
-    except data.DataError as error:
+    except utils.UserError as error:
         pixels = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
         images = data.Split(pixels, torch.arange(len(pixels)) % 100)
         return images, f"random pixels in CIFAR-100's shape ({str(error).split('. ')[0]})"

@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 import data
 import evaluate
 import model as resnet
-import train
 import utils
 
 
@@ -416,9 +415,9 @@ def test_other_training_pictures_are_one_message(planted, tmp_path, monkeypatch,
 def test_training_on_a_folder_without_copies_says_nothing_of_them(capsys):
     named = data.read_digits("train")[0].named()
     twice = named.select(torch.tensor([*range(100), 7]))  # within the training pictures only
-    train.warn_of_copies(twice, named.select(slice(100, 150)))
+    data.warn_of_copies(twice, named.select(slice(100, 150)))
     assert not capsys.readouterr().out
-    train.warn_of_copies(named.select(slice(100)), named.select(slice(98, 150)))
+    data.warn_of_copies(named.select(slice(100)), named.select(slice(98, 150)))
     line = "note     2 of 52 validation pictures are training pictures too, pixel for pixel: "
     assert capsys.readouterr().out == f"{line}98 is 98, for example\n"
 
@@ -508,7 +507,7 @@ def test_torchvision_weights_are_found_where_torchvision_keeps_them(tmp_path, mo
     monkeypatch.setattr(
         torch.hub, "download_url_to_file", lambda *request, **_: requested.append(request)
     )
-    with pytest.raises(resnet.WeightsError):  # because nothing is written
+    with pytest.raises(utils.UserError):  # because nothing is written
         resnet.download_weights("resnet50", "IMAGENET1K_V1")
     ((url, path, checksum),) = requested
     assert path == str(resnet.find_weights("resnet50", "IMAGENET1K_V1"))

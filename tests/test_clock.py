@@ -21,6 +21,7 @@ from scripts import TORCHRUN, Script, load, run_script, settings, start_process
 
 import data
 import evaluate
+import model as resnet
 import train
 import utils
 
@@ -108,9 +109,9 @@ def test_epoch_of_fewer_steps_than_log_every_looks_at_the_clock(folder, machine)
 
 
 def test_readings_become_frequent_only_as_the_end_comes_near(folder, machine, monkeypatch):
-    readings, read = [], train.Clock.read
+    readings, read = [], utils.Clock.read
     monkeypatch.setattr(
-        train.Clock, "read", lambda clock, done: readings.append(done) or read(clock, done)
+        utils.Clock, "read", lambda clock, done: readings.append(done) or read(clock, done)
     )
     machine.loss_seconds = 0.001
     train.main([*RUN, "--batch-size", "2", "--train-per-class", "100", "--log-every", "1000"])
@@ -120,7 +121,7 @@ def test_readings_become_frequent_only_as_the_end_comes_near(folder, machine, mo
 
 
 def test_end_and_next_reading_are_those_worked_out_by_hand(machine):
-    clock = train.Clock(0, settings(minutes=2, curves=False))
+    clock = utils.Clock(0, settings(minutes=2, curves=False))
     clock.val_images, clock.image_seconds, clock.save_seconds = 100, 0.04, 4.6
     assert clock.seconds_left() == pytest.approx(120 - 1 - 1.1 * 4 - 4.6)
     assert clock.start_epoch(1) == float("inf")
@@ -161,7 +162,7 @@ def test_head_is_trained_even_if_the_machine_stalls_before_it(folder, machine):
     """The first of all batches is begun with 45 seconds left, and takes 100."""
     machine.image_seconds, machine.change_at, machine.factor = 0.2, 12, 50
     train.main([*RUN, "--image-size", "128", "--val-batch-size", "10"])
-    model = train.make_model(
+    model = resnet.make_model(
         settings(architecture="resnet18", weights=""), list("0123456789"), torch.device("cpu"), True
     )
     trained = load(folder / "checkpoints" / "best.pt")["model"]["fc.3.weight"]
@@ -243,27 +244,37 @@ def test_mixing_and_warm_up_go_with_minutes(folder, machine):
     ("passes", "chosen"),
     [(1000, (224, 0)), (60, (224, 0)), (59, (128, 1)), (14, (128, 2)), (0.05, (96, 2))],
 )
-def test_settings_are_those_of_the_first_line_of_the_table_that_is_reached(passes, chosen, machine):
+def test_settings_are_those_of_the_first_line_of_the_table_that_is_reached(
+    passes, chosen, machine, monkeypatch
+):
     args = settings(minutes=1, curves=False, weights="x.pth", schedule="cosine")
-    clock = train.Clock(-1, args)  # 58 seconds are left
-    found = train.choose_settings(["--minutes", "1"], args, clock, passes / 58 * 100, 100, 40)
+    clock = utils.Clock(-1, args)  # 58 seconds are left
+    monkeypatch.setattr(train, "measure_forward", lambda *_: passes / 58 * 100)
+    splits = make_split(100), make_split(40)
+    found = train.choose_settings(["--minutes", "1"], args, clock, None, "fp32", *splits)
     assert (found.image_size, found.freeze_stages) == chosen
     assert found.freeze_batch_norm == (chosen[1] > 0) and found.batch_size == 64
 
 
-def test_validation_takes_no_more_than_a_fifth_of_the_time(machine):
+def make_split(images: int) -> data.Split:
+    return data.Split(torch.zeros(images, 3, 8, 8).byte(), torch.arange(images))
+
+
+def test_validation_takes_no_more_than_a_fifth_of_the_time(machine, monkeypatch):
     """At 100 images a second of 128 px, 400 for the network, of which 20 seconds are left."""
     args = settings(minutes=0.35, curves=False, weights="x.pth", schedule="cosine")
     flags = ["--minutes", "0.35", "--image-size", "128"]
+    monkeypatch.setattr(train, "measure_forward", lambda *_: 100.0)
     for val_images, most in ((400, 0), (401, 400)):
-        clock = train.Clock(0, args)
-        found = train.choose_settings(flags, args, clock, 100, 1000, val_images)
+        clock = utils.Clock(0, args)
+        splits = make_split(1000), make_split(val_images)
+        found = train.choose_settings(flags, args, clock, None, "fp32", *splits)
         assert found.val_images == most
-    split = data.Split(torch.zeros(90, 3, 8, 8).byte(), torch.arange(90))
+    split = make_split(90)
     for count, labels in ((0, 90), (90, 90), (89, 45), (30, 30)):
         args.val_images = count
         cpu, this = torch.device("cpu"), utils.Processes()
-        _, loader, found = train.make_loaders(args, this, cpu, split, split)
+        _, loader, found = data.make_loaders(args, this, cpu, split, split)
         assert len(found) == labels == len(loader.rows)
 
 

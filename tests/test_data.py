@@ -15,7 +15,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 import data
-import train
 import utils
 
 CPU = torch.device("cpu")
@@ -240,8 +239,8 @@ def test_processes_validate_on_every_image_once_with_its_label():
     args, shares = settings(dataset="digits", batch_size=60), []
     for rank in range(3):
         place = utils.Processes(rank=rank, world_size=3)
-        train_split, val_split, _ = train.read_data(args, place)
-        _, loader, labels = train.make_loaders(args, place, CPU, train_split, val_split)
+        train_split, val_split, _ = data.read_data(args, place)
+        _, loader, labels = data.make_loaders(args, place, CPU, train_split, val_split)
         assert loader.batch_size == len(labels) == len(loader.rows) == 120
         images = loader.images[loader.rows]
         shares += [(x.numpy().tobytes(), label) for x, label in zip(images, labels.tolist())]
@@ -313,7 +312,7 @@ def test_official_archive_in_data_dir_is_unpacked_without_a_download(tmp_path, m
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
-    with pytest.raises(data.DataError, match=f"{archive} is damaged: its md5 is not the official"):
+    with pytest.raises(utils.UserError, match=f"{archive} is damaged: its md5 is not the official"):
         data.fetch_cifar100(str(archive.parent))
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     data.fetch_cifar100(str(archive.parent))

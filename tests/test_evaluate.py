@@ -369,7 +369,7 @@ def test_pictures_are_classified_as_the_evaluation_does(checkpoint, evaluation, 
 
 
 def test_no_picture_at_all_is_one_message(pictures, tmp_path):
-    with pytest.raises(data.DataError, match="No picture among .*broken.jpg"):
+    with pytest.raises(utils.UserError, match="No picture among .*broken.jpg"):
         list(data.read_pictures([str(tmp_path / "broken.jpg")], 32, False, 10))
 
 

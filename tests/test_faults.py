@@ -55,7 +55,7 @@ def fail(*command: str, **options) -> str:
 
 def refuse(function: Callable, argument: object) -> str:
     """The message with which a script's main(), or another function, refuses to go on."""
-    with pytest.raises((utils.UserError, data.DataError)) as refused:
+    with pytest.raises(utils.UserError) as refused:
         function(argument)
     return str(refused.value)
 

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional
 import data
 import evaluate
 import train
+import utils
 
 CPU = torch.device("cpu")
 
@@ -301,7 +302,7 @@ def test_outdated_file_that_cannot_be_removed_does_not_end_a_run(photos):
 
 def test_decoding_that_fails_leaves_nothing(photos):
     full = patch.object(os, "posix_fallocate", side_effect=OSError(28, "full"))
-    with full, pytest.raises(data.DataError, match="data/decoded: full. See --data-dir"):
+    with full, pytest.raises(utils.UserError, match="data/decoded: full. See --data-dir"):
         read_splits(photos)
     assert list(Path("data/decoded").iterdir()) == []
 
@@ -327,7 +328,7 @@ def test_names_that_differ_in_how_accents_are_stored_are_one_class(photos):
     assert facts["classes"] == [composed, "zero"]
     assert val_split.labels.bincount().tolist() == [6, 6]
     (photos / "train/zero").rename(photos / "train" / decomposed)
-    with pytest.raises(data.DataError, match="Class cafe\u0301 has 0 training images"):
+    with pytest.raises(utils.UserError, match="Class cafe\u0301 has 0 training images"):
         read_splits(photos)
 
 
@@ -387,7 +388,7 @@ def test_heic_pictures_are_counted_where_it_is_not_installed(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     counts = "a has no picture: files that are not pictures: 2 .HEIC, 1 .txt. With the package pill"
-    with pytest.raises(data.DataError, match=counts):
+    with pytest.raises(utils.UserError, match=counts):
         read(tmp_path)
 
 
@@ -511,10 +512,10 @@ def test_folder_called_as_a_built_in_data_set_is_told_how_to_use_it(photos, caps
 
 @pytest.mark.parametrize("name", ["train", "val"])
 def test_part_that_is_named_in_place_of_its_folder_is_one_message(name, photos, monkeypatch):
-    with pytest.raises(data.DataError, match="train not found. Its parent .*: --dataset photos$"):
+    with pytest.raises(utils.UserError, match="train not found. Its parent .*: --dataset photos$"):
         read_splits(Path("photos", name))
     monkeypatch.chdir(photos / name)
-    with pytest.raises(data.DataError, match="train not found. Its parent .*: --dataset ..$"):
+    with pytest.raises(utils.UserError, match="train not found. Its parent .*: --dataset ..$"):
         read_splits(Path("."))
 
 

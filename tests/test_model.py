@@ -12,7 +12,6 @@ from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import data
 import model as resnet
-import train
 import utils
 
 
@@ -36,7 +35,7 @@ def test_head_stays_in_float32_under_autocast():
 def load(weights: object, architecture: str = "resnet18") -> nn.Module:
     """A new network for two classes with these WEIGHTS."""
     args = settings(architecture=architecture, weights=str(weights))
-    return train.make_model(args, ["cat", "dog"], torch.device("cpu"), pretrained=True)
+    return resnet.make_model(args, ["cat", "dog"], torch.device("cpu"), pretrained=True)
 
 
 def test_default_weights_or_a_file_fill_everything_but_the_head(tmp_path, monkeypatch):
@@ -150,7 +149,7 @@ def test_download_without_a_home_folder_says_so_and_makes_none(tmp_path, monkeyp
     for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError
-    with pytest.raises(resnet.WeightsError, match="no home folder to store them in. Set HOME, or"):
+    with pytest.raises(utils.UserError, match="no home folder to store them in. Set HOME, or"):
         load("IMAGENET1K_V1")
     assert not list(tmp_path.iterdir())
 

@@ -209,7 +209,7 @@ def fail_at(place: str, how: Callable, failing: int, rank: int, port: int) -> No
 
 
 def break_the_disk(*_, **__) -> None:
-    raise data.DataError("the disk is broken")
+    raise utils.UserError("the disk is broken")
 
 
 def have_a_bug(*_, **__) -> None:

@@ -62,7 +62,7 @@ def test_new_layers_are_those_of_the_seed_whatever_was_drawn_before():
     for seed in (0, 0, 1):
         torch.seed()
         args = settings(architecture="resnet18", weights="", seed=seed)
-        network = train.make_model(args, ["a", "b"], torch.device("cpu"), pretrained=True)
+        network = resnet.make_model(args, ["a", "b"], torch.device("cpu"), pretrained=True)
         heads.append(network.fc[3].weight)
     assert heads[0].equal(heads[1]) and not heads[0].equal(heads[2])
 

@@ -127,7 +127,7 @@ def test_best_checkpoint_as_weights_gives_its_head_to_the_same_classes_only(fini
     path, digits = finished / "demo" / "best.pt", list("0123456789")
     args, theirs = settings(architecture="resnet18", weights=str(path)), load(path)["model"]
     for classes, new in ((digits, set()), (digits[::-1], HEAD), (data.CLASSES, HEAD)):
-        ours = train.make_model(args, classes, torch.device("cpu"), pretrained=True).state_dict()
+        ours = resnet.make_model(args, classes, torch.device("cpu"), pretrained=True).state_dict()
         assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == new
         assert len(ours["fc.3.bias"]) == len(classes)
 
@@ -146,7 +146,7 @@ def make_run(rank: int = 0, world_size: int = 1, dtype=torch.float64, **changed)
     network.to(dtype).conv1.register_forward_pre_hook(lambda _, images: images[0].to(dtype))
     utils.broadcast(network.state_dict().values())  # as main() does
     run = train.make_run(args, network, "fp32")
-    run.network = train.wrap_network(network, compile_it=False)
+    run.network = resnet.wrap_network(network, compile_it=False)
     digits = data.read_digits("train")[0].select(slice(12))
     return args, run, data.TrainLoader(digits, args, rank, world_size)
 
@@ -388,8 +388,8 @@ def test_too_few_images_to_mix_or_of_a_class_are_one_message():
     ):
         args, this = settings(dataset="digits", **changed), utils.Processes(world_size=processes)
         with pytest.raises(SystemExit, match=message):
-            train_split, val_split, _ = train.read_data(args, this)
-            train.make_loaders(args, this, torch.device("cpu"), train_split, val_split)
+            train_split, val_split, _ = data.read_data(args, this)
+            data.make_loaders(args, this, torch.device("cpu"), train_split, val_split)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import model as resnet
 import train
 import utils
 
@@ -229,7 +230,7 @@ def test_compiled_step_is_compiled_once_and_computes_the_same():
         layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()
         network = nn.Sequential(*layers, nn.Linear(8 * 30 * 30, 10))
         run, graphs = train.make_run(args, network, "fp32"), []
-        run.network = train.wrap_network(network, compile_it)
+        run.network = resnet.wrap_network(network, compile_it)
         counters.clear()
         for epoch in (1, 2, 3):
             losses.append(train.train_one_epoch(run, loader, epoch, args)["train_loss"])

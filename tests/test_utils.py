@@ -15,7 +15,6 @@ import pytest
 import torch
 from scripts import ROOT
 
-import data
 import evaluate
 import train
 import utils
@@ -237,8 +236,8 @@ def test_early_stopping_counts_epochs_without_a_better_one(
 
 def test_seeds_of_the_same_sum_or_of_different_lengths_differ():
     parts = [(seed, 10 - seed) for seed in range(11)] + [(0,), (0, 0), (0, 0, 0), (0, 1)]
-    assert len({data.mix_seed(*numbers) for numbers in parts}) == len(parts)
-    assert data.mix_seed(1, 2) == data.mix_seed(1, 2)
+    assert len({utils.mix_seed(*numbers) for numbers in parts}) == len(parts)
+    assert utils.mix_seed(1, 2) == utils.mix_seed(1, 2)
 
 
 @pytest.mark.parametrize(
