@@ -168,7 +168,6 @@ class Result:
         self.f1, tested = self.scores[2], np.flatnonzero(self.support)
         self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
         self.pairs = find_confused_pairs(self.cells, self.classes)
-        self.most_confident = np.argsort(-self.confidence, kind="stable")  # indices of the images
 
 
 def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, dict]:
@@ -256,11 +255,9 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     report = metrics.classification_report(
         labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0
     )
-    with writing_into(folder, list_outdated()) as new:
-        write_tables(result, report, test.files, new)
+    with writing_into(folder, outdated.split()) as new:
+        write_tables(result, report, test.files, check, new)
         draw_pictures(result, others, new)
-        if check:
-            write_check(check, new)
         write_report(result, test, others, check, lines, new)
     print_classes(result, report)
     print_lines(lines["numbers"])
@@ -279,10 +276,11 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
 def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
     """Writes the network with its preprocessing into one file: see model.export()."""
     constants, cpu = classifier.constants, torch.device("cpu")
-    resize = data.NormalizeAndResize(constants["image_size"], cpu, constants["interpolation"])
+    mode = constants["interpolation"]
+    preprocessing = data.NormalizeAndResize(constants["image_size"], cpu, mode)
     size = constants["stored_size"] or images.shape[-1]
     network = copy.deepcopy(classifier.model).to(cpu, memory_format=torch.contiguous_format)
-    portable = resnet.Portable(network, size, constants["whole_pictures"], resize)
+    portable = resnet.Portable(network, size, constants["whole_pictures"], preprocessing)
     batches = images.cpu().split(constants["val_batch_size"])
     exact = classifier.dtype == torch.float32 and classifier.device.type == "cpu"
     tolerance = 1e-4 if exact else 0.1  # a GPU computes float32 in TF32
@@ -857,17 +855,12 @@ def describe_check(check: DataCheck) -> Lines:
     return lines
 
 
-def write_check(check: DataCheck, folder: Path) -> None:
-    """Writes the tables of --check-data."""
-    header = ["test_image", "training_image", "similarity"]
-    header += ["test_label", "training_label", "same_label"]
-    copies = check.pairs[: check.facts["copies"]]
-    write_csv(folder / "duplicates.csv", [header, *(values for values, _ in copies)])
-    header = ["part", "image", "label", "likelier_label", "probability", "likelier_probability"]
-    write_csv(folder / "suspect_labels.csv", [header, *(values for values, _ in check.suspects)])
-
-
 # ---- tables and pictures ------------------------------------------------------------------------
+
+# Files of an earlier evaluation that this one may not have, and what earlier versions drew
+outdated = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
+outdated += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
+outdated += "duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -899,22 +892,21 @@ def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable], mode: str = "w") -> None:
-    """Writes rows, of which the first is the header, as a CSV file; mode "a" adds to it.
-
-    Names that are not UTF-8 keep their bytes.
-    """
+    """Writes rows as a CSV file; mode "a" adds to it. Names that are not UTF-8 keep their bytes."""
     with open(path, mode, encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def read_csv(path: Path) -> Iterator[list[str]]:
-    """The rows of a CSV file, of which the first is the header."""
+    """The rows of a CSV file, its header first."""
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         yield from csv.reader(file)
 
 
-def write_tables(result: Result, report: str, files: Sequence[str], folder: Path) -> None:
-    """Writes metrics.json, the report, the confusion matrix and the predictions."""
+def write_tables(
+    result: Result, report: str, files: Sequence[str], check: DataCheck | None, folder: Path
+) -> None:
+    """Writes metrics.json, the report, the confusion matrix, the predictions and what is checked."""
     text = json.dumps(result.summary, indent=2) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
@@ -934,6 +926,14 @@ def write_tables(result: Result, report: str, files: Sequence[str], folder: Path
     if files:
         columns["file"] = files
     write_csv(folder / "predictions.csv", [list(columns), *zip(*columns.values())])
+    if check:
+        header = ["test_image", "training_image", "similarity"]
+        header += ["test_label", "training_label", "same_label"]
+        copies = check.pairs[: check.facts["copies"]]
+        write_csv(folder / "duplicates.csv", [header, *(values for values, _ in copies)])
+        header = ["part", "image", "label", "likelier_label", "probability", "likelier_probability"]
+        rows = [values for values, _ in check.suspects]
+        write_csv(folder / "suspect_labels.csv", [header, *rows])
 
 
 def list_matrix_rows(result: Result) -> Iterator[list]:
@@ -941,13 +941,6 @@ def list_matrix_rows(result: Result) -> Iterator[list]:
     for number, name in enumerate(result.classes):
         predicted = result.predicted[result.labels == number]
         yield [name, *np.bincount(predicted, minlength=len(result.classes))]
-
-
-def list_outdated() -> list[str]:
-    """Files of an earlier evaluation that this one may not have, and what earlier versions drew."""
-    names = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
-    names += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
-    return f"{names} duplicates.png suspect_labels.png".split()
 
 
 def draw_pictures(result: Result, others: list[Result], folder: Path) -> None:
@@ -1129,7 +1122,7 @@ def write_report(
 
 def order_by_interest(result: Result) -> list[int]:
     """The images for the page, which may not have room for all, the most wanted first."""
-    surest, seen, rank = result.most_confident, Counter(), []
+    surest, seen, rank = np.argsort(-result.confidence, kind="stable"), Counter(), []
     wrong, right = surest[~result.correct[surest]], surest[result.correct[surest]]
     for label in result.labels[right].tolist():
         rank.append(seen[label])
@@ -1377,13 +1370,10 @@ function makeLines(lines) {
 }
 
 // A cell is a text, or a text and the address that it links to.
-function makeCell(cell) {
-  return make("td", Array.isArray(cell) ? make("a", cell[0], {href: cell[1]}) : cell);
-}
-
 function makeTable(header, rows) {
+  const makeCell = ([text, href]) => make("td", href ? make("a", text, {href}) : text);
   const head = header.map(name => make("th", make("button", name)));
-  const body = rows.map(row => make("tr", row.map(makeCell)));
+  const body = rows.map(row => make("tr", row.map(cell => makeCell([cell].flat()))));
   const table = make("table", [make("tr", head), ...body]);
   for (const cell of head) cell.firstChild.onclick = () => sortTable(table, cell);
   return table;
@@ -1540,20 +1530,17 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     size, whole = constants["stored_size"] or 32, constants["whole_pictures"]
     batches = data.read_pictures(args.images, size, whole, constants["val_batch_size"])
     count, figures, total = min(5, len(classes)), [], 0
-    header = ["file"]
-    for place in range(1, count + 1):
-        header += [f"class_{place}", f"probability_{place}"]
+    header = [f"{name}_{i + 1}" for i in range(count) for name in ("class", "probability")]
     with explained_writing(folder):
-        write_csv(table, [header])
+        write_csv(table, [["file", *header]])
     for files, images in batches:
         top = classifier.predict(images).mean(0).softmax(1).topk(count)
         rows, captions = [], []
         for file, numbers, shares in zip(files, top.indices.tolist(), top.values.tolist()):
             named = [(classes[number], share) for number, share in zip(numbers, shares)]
             rows.append([file, *chain(*named)])
-            captions.append(
-                [str(file), *(f"{100 * share:6.2f} %  {name}" for name, share in named)]
-            )
+            lines = [f"{100 * share:6.2f} %  {name}" for name, share in named]
+            captions.append([str(file), *lines])
         with explained_writing(folder):
             write_csv(table, rows, "a")
         for tile, caption in zip(shrink(images), captions):
