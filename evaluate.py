@@ -1036,10 +1036,9 @@ def draw_comparison(these: list[Result], others: list[Result], comparison: dict)
     left.bar_label(bars, fmt="%+.3f", padding=2)
     left.set_yticks(range(len(changes)), legible(row["class"] for row in changes))
     left.margins(x=0.2)
-    left.set(
-        ylim=(max(15, len(changes)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other"
-    )
-    left.set_title("" if changes else "no class has changed")
+    title = "" if changes else "no class has changed"
+    left.set(title=title, xlabel="change in F1: this evaluation - other")
+    left.set_ylim(max(15, len(changes)) - 0.5, -0.5)
     sns.despine(ax=left)
 
     for place, (runs, color) in enumerate([(these, this), (others, other)]):
@@ -1077,9 +1076,9 @@ def open_window(path: Path) -> None:
 def write_report(
     result: Result,
     test: data.Split,
-    others: list,
+    others: list[Result],
     check: DataCheck | None,
-    lines: dict,
+    lines: dict[str, Lines],
     folder: Path,
 ) -> None:
     """Writes report.html: the numbers, and the images behind them."""
