@@ -45,7 +45,7 @@ FAULTS = [
     ("evaluate.py", "sns.heatmap(fractions,", "sns.heatmap(fractions.T,", PICTURES),
     # evaluate.py: the page
     ("evaluate.py", "wrong, right = surest[~result", "wrong, right = surest[result", REPORT),
-    ("evaluate.py", "np.argsort(-self.confidence, kind", "np.argsort(self.confidence, kind", REPORT),
+    ("evaluate.py", "np.argsort(-result.confidence, kind", "np.argsort(result.confidence, kind", REPORT),
     ("evaluate.py", 'replace("<",', 'replace("@",', REPORT),
     ("evaluate.py", '"first_image": len(pictures)', '"first_image": 0', REPORT),
     ("evaluate.py", "        if room < 0:\n", "        if False:\n", REPORT),
