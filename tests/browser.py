@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
 FLAGS += "--disable-component-update --disable-sync --remote-debugging-pipe"
 

@@ -169,7 +169,12 @@ FAULTS = {  # the function f that is replaced, by what, words of what must be fo
     ),
     "no autocast": (model, "autocast", lambda f, *a: nullcontext(), "convolution in float32"),
     "NCHW images": (ResNet, "forward", lambda f, net, x: f(net, x.contiguous()), "channels_last"),
-    "NCHW weights": (data, "memory_format", lambda f, *a: torch.contiguous_format, "channels_last"),
+    "NCHW weights": (
+        utils,
+        "memory_format",
+        lambda f, *a: torch.contiguous_format,
+        "channels_last",
+    ),
     "NCHW momentum": (utils, "restore", contiguous_momentum, "resume: aten._fused"),
     "images not pinned": (data, "take", lambda f, x, rows, to: x[rows].to(to), "to the GPU"),
     "SGD not fused": (SGD, "__init__", lambda f, *a, **k: f(*a, **k | {"fused": False}), "reads"),

@@ -194,7 +194,22 @@ def test_step_that_fp16_skips_leaves_the_momentum_alone():
         run.scaler.scale(layer.weight.sum() * factor).backward()
         run.scaler.step(run.optimizer)
         run.scaler.update()
-    assert layer.weight.item() == pytest.approx(1 - 0.01)
+    assert layer.weight.item() == pytest.approx(1 - 0.01) and run.skipped.item() == 1
+
+
+@pytest.mark.parametrize("skipped", [8, 9])
+def test_steps_that_fp16_skips_are_told_beyond_the_first_few(skipped, capsys):
+    layer = nn.Linear(1, 1, bias=False)
+    run = train.make_run(settings(), layer, "fp16")
+    for step in range(12):
+        run.optimizer.zero_grad()
+        run.scaler.scale(layer.weight.sum() * (float("inf") if step < skipped else 1)).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    train.tell_skipped_steps(run, 12)
+    told = "note     fp16 skipped 9 of 12 steps, gradients overflowed; if the loss stays high, try"
+    assert (told in capsys.readouterr().out) == (skipped == 9)
+    assert run.skipped.item() == 0  # the next epoch counts from zero
 
 
 def test_progress_bar_advances_with_each_step_without_reading_from_the_device(monkeypatch):

@@ -241,15 +241,22 @@ def test_seeds_of_the_same_sum_or_of_different_lengths_differ():
 
 
 @pytest.mark.parametrize(
-    ("device", "native", "precision"),
-    [("cpu", 1, "bf16"), ("cpu", 0, "fp32"), ("cuda", 1, "bf16"), ("cuda", 0, "fp16")],
+    ("device", "capability", "precision"),
+    [
+        ("cpu", {"avx512_bf16": True}, "bf16"),
+        ("cpu", {"amx_bf16": True}, "bf16"),
+        ("cpu", {"avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ("cuda", (9, 0), "fp16"),  # H100
+        ("cuda", (7, 5), "fp16"),  # T4
+        ("cuda", (7, 0), "fp16"),  # V100
+        ("cuda", (6, 1), "fp32"),  # GTX 1080: its fp16 is a sixty-fourth as fast
+        ("mps", None, "fp32"),
+    ],
 )
-def test_precision_follows_the_hardware(device, native, precision, monkeypatch):
+def test_precision_follows_the_hardware(device, capability, precision, monkeypatch):
     """The hardware is pretended: no machine has all of it."""
-    capabilities = {"avx512_bf16": native, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    supported = lambda including_emulation=True: native or including_emulation
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert utils.choose_precision("auto", torch.device(device)) == precision
     assert utils.choose_precision("fp32", torch.device(device)) == "fp32"
 
