@@ -424,7 +424,7 @@ def describe_numbers(result: Result) -> Lines:
 
 
 def describe_interval(interval: list[float], sign: str = "") -> str:
-    """The bounds, times 100; a sign "+" says that both may be negative."""
+    """The bounds, times 100; sign: "+" for a plus before those that are positive."""
     low, high = interval
     return f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
 
@@ -439,7 +439,7 @@ def print_lines(lines: Lines) -> None:
 # ---- two evaluations, or two recipes, on the same images ----------------------------------------
 
 
-def read_result(folder: str, like: "Result | Namespace | None" = None) -> Result:
+def read_result(folder: str, like: Result | Namespace | None = None) -> Result:
     """Reads a results folder. Raises UserError if it is damaged, or of other images than like.
 
     like: has the classes, labels and summary of the images, if they must be certain ones.
