@@ -1310,9 +1310,13 @@ def to_gray(images: Tensor, size: int) -> Tensor:
     return F.interpolate(gray, (size, size), mode="bilinear", antialias=True)
 
 
-def make_thumbnails(images: Tensor, device: torch.device | None = None) -> Tensor:
+def make_thumbnails(
+    images: Tensor, device: torch.device | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Gray 8 x 8 pixels minus their mean (N, 64): near for copies, whatever their colours."""
-    small = torch.cat([to_gray(part.to(device=device), 8).flatten(1) for part in images.split(512)])
+    rows = torch.arange(len(images), device=images.device) if rows is None else rows
+    parts = [take(images, part, device or images.device) for part in rows.split(512)]
+    small = torch.cat([to_gray(part, 8).flatten(1) for part in parts])
     return small - small.mean(1, keepdim=True)
 
 
@@ -1366,6 +1370,8 @@ def find_copies(
     features: Tensor,
     other_features: Tensor,
     progress: bool = False,
+    rows: Tensor | None = None,
+    other_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """The likeliest copy of each of N images among others: index, similarity (N,), how many alike.
 
@@ -1373,32 +1379,37 @@ def find_copies(
     arXiv 1902.00423, take the nearest), the nearest thumbnail, and the nearest to the mirrored
     thumbnail. Their pixels decide: pairs above COPY_SIMILARITY are copies. The third result is the
     share of up to 4,000 images whose 11th nearest is above it, too. If it is more than ALIKE, the
-    pixels do not decide. It is computed on the features' device; the images may be elsewhere.
+    pixels do not decide. It is computed on the features' device; the images may be elsewhere, and
+    be the rows (N,) of more that are stored.
     """
     device = features.device
+    rows = torch.arange(len(images)) if rows is None else rows
+    other_rows = torch.arange(len(others)) if other_rows is None else other_rows
+    rows, other_rows = rows.to(images.device), other_rows.to(others.device)
 
-    def compare(rows: Tensor, partners: Tensor) -> Tensor:
-        """Similarity (P,) of images[rows] and others[partners]."""
-        pairs = list(zip(rows.split(64), partners.split(64)))
+    def compare(indices: Tensor, partners: Tensor) -> Tensor:
+        """Similarity (P,) of the images with these indices and their partners among the others."""
+        pairs = list(zip(indices.split(64), partners.split(64)))
         similarity = []
         for i, j in tqdm(pairs, "compare", unit="64 pairs", leave=False, disable=not progress):
-            first = take(images, i.to(images.device), device)
-            second = take(others, j.to(others.device), device)
+            first = take(images, rows[i.to(rows.device)], device)
+            second = take(others, other_rows[j.to(other_rows.device)], device)
             similarity.append(compare_pixels(first, second))
         return torch.cat(similarity)
 
     nearest = find_nearest(features, other_features, 11)
-    thumbnails, gallery = make_thumbnails(images, device), make_thumbnails(others, device)
+    thumbnails = make_thumbnails(images, device, rows)
+    gallery = make_thumbnails(others, device, other_rows)
     mirrored = thumbnails.view(-1, 8, 8).flip(2).flatten(1)
     candidates = torch.cat(
         [nearest[:, :3], find_nearest(thumbnails, gallery, 1), find_nearest(mirrored, gallery, 1)],
         dim=1,
     )
-    rows = torch.arange(len(images), device=device)
-    similarity = compare(rows.repeat_interleave(candidates.shape[1]), candidates.flatten())
+    indices = torch.arange(len(rows), device=device)
+    similarity = compare(indices.repeat_interleave(candidates.shape[1]), candidates.flatten())
     best, column = similarity.view_as(candidates).max(1)
     partner = candidates.gather(1, column[:, None])[:, 0]
 
-    sample = rows[:: max(1, len(rows) // 2000)]
+    sample = indices[:: max(1, len(indices) // 2000)]
     alike = compare(sample, nearest[sample, -1]) > COPY_SIMILARITY
     return partner, best, alike.float().mean().item()

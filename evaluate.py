@@ -27,14 +27,14 @@ import math
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import numpy as np
 import seaborn as sns
@@ -42,7 +42,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -50,11 +49,9 @@ from matplotlib.ticker import PercentFormatter
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 import data
 import model as resnet
@@ -72,6 +69,9 @@ CHECK_DATA = False  # look for copies and wrong labels: runs over the training i
 EXPORT = ""  # file for the model with its preprocessing: .pt2 for torch alone, or .onnx; "": none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
 SHOW = True  # open the confusion matrix in a window where there is a display
+
+Lines = list[tuple[str, str]]  # texts with their labels, as utils.say() prints them
+Row = tuple[list, list[Tensor]]  # of a table, and the pictures that it is about
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,22 +128,22 @@ class Classifier:
         if self.tta and not self.constants["flip"]:
             utils.say("note", "trained with FLIP = 0: mirror images may lower the accuracy")
 
-    def load(self, images: Tensor) -> data.EvalLoader:
+    def load(self, images: Tensor, rows: Tensor | None = None) -> data.EvalLoader:
         """Batches on the device, of the size and with the resizing of the validation in training."""
         mode = self.constants["interpolation"]
-        return data.EvalLoader(images, *self.sizes, self.device, mode=mode)
+        return data.EvalLoader(images, *self.sizes, self.device, rows, mode)
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
-        images, networks = data.place(images, self.device), [self.model]
-        loader = self.load(images)
+        loader = self.load(data.place(images, self.device))
+        views = [resnet.predict(self.model, loader, self.dtype, progress=True)]
         if self.tta:  # mirrored batch by batch: the device holds the images once
-            networks.append(nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model))
-        progress = utils.is_first()
-        logits = [resnet.predict(network, loader, self.dtype, progress) for network in networks]
-        if not torch.cat(logits).isfinite().all():
+            mirrored = nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model)
+            views.append(resnet.predict(mirrored, loader, self.dtype, progress=True))
+        logits = torch.stack(views)
+        if not logits.isfinite().all():
             raise utils.UserError(f"{self.path}: its predictions are not finite. Train it again")
-        return torch.stack(logits).cpu()
+        return logits.cpu()
 
 
 @dataclass(eq=False)
@@ -168,40 +168,38 @@ class Result:
         self.f1, tested = self.scores[2], np.flatnonzero(self.support)
         self.worst_first = tested[np.argsort(self.f1[tested], kind="stable")]
         self.pairs = find_confused_pairs(self.cells, self.classes)
-        self.most_confident = np.argsort(-self.confidence, kind="stable")  # indices of the images
 
 
-def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, Result]:
-    """The images, of a folder those of test/, else val/, else held out, and their true classes.
+def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Split, dict]:
+    """The images, of a folder those of test/, else val/, else held out, and facts for metrics.json.
 
     Raises UserError if they cannot be told from those trained on.
     """
-    name, classes = args.dataset or classifier.constants["dataset"], classifier.classes
+    name = args.dataset or classifier.constants["dataset"]
     held_out = classifier.constants["holdout_per_class"] > 0
     part = data.find_test_part(name)
     if part == "holdout" and not held_out:
         part = "val"  # which is missed by its name
     split, dataset = read_part(classifier, args, part)
-    kind = "test images"
     if part == "holdout":
         kind = "hold-out images, because there is no test/ or val/"
-    elif name not in data.BUILT_IN:
+    elif name in data.BUILT_IN:
+        kind = "test images"
+    else:
         kind = f"images of {Path(name, part)}"
     utils.say("data", f"{name}: {len(split.labels):,} {kind}")
     validated = dataset == classifier.checkpoint.get("validation", dataset)
-    if part == "holdout" or (validated and not held_out):
-        selected = True
+    selected = part == "holdout" or (validated and not held_out)
+    if selected:
         note = "the checkpoint was selected on these images: the numbers are optimistic"
     elif part == "val" and not held_out:
-        selected = False
         note = "these are not the images that selected the checkpoint"
     else:
-        selected = False
         note = "these images were used neither to train nor to select the checkpoint"
     utils.say("note", note)
-    labels, facts = split.labels.numpy(), {"images": len(split.labels), "dataset": dataset}
+    facts = {"images": len(split.labels), "dataset": dataset}
     facts["test_images_chose_checkpoint"] = selected
-    return split, Result(classes, labels, labels, np.ones(len(labels)), "", facts)
+    return split, facts
 
 
 def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.Split, str]:
@@ -233,34 +231,38 @@ def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.
 
 def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     """Evaluates on the test images, writes everything, then prints; returns the picture to show."""
-    test, truth = read_test_images(classifier, args)
-    others = [read_result(path, truth) for path in args.compare]
-    train = read_part(classifier, args, "train")[0] if args.check_data else None
+    test, summary = read_test_images(classifier, args)
+    classes, labels = classifier.classes, test.labels.numpy()
+    like = Namespace(classes=classes, labels=labels, summary=summary)
+    others = [read_result(path, like) for path in args.compare]
+    if args.check_data:
+        train, _ = read_part(classifier, args, "train")
     views = classifier.predict(test.images)
-    confidence, predicted = (x.numpy() for x in views.mean(0).double().softmax(1).max(1))
-    result = replace(truth, predicted=predicted, confidence=confidence, folder=args.results_dir)
-    result.summary |= summarize(result, views, classifier)
+    best = views.mean(0).double().softmax(1).max(1)
+    predicted, confidence = best.indices.numpy(), best.values.numpy()
+    result = Result(classes, labels, predicted, confidence, args.results_dir, summary)
+    summary.update(summarize(result, views, classifier))
     lines, check = {"numbers": describe_numbers(result)}, None
     if others:
-        result.summary["comparison"] = compare([result], others)
-        lines["comparison"] = describe_comparison([result], others, result.summary["comparison"])
-    if train:
+        summary["comparison"] = compare([result], others)
+        lines["comparison"] = describe_comparison([result], others, summary["comparison"])
+    if args.check_data:
         check = check_data(classifier, train, test, views.mean(0).softmax(1))
-        result.summary["data_check"] = check.facts
         check.facts.update(score_without_copies(check, result, others))
+        summary["data_check"] = check.facts
         lines["check"] = describe_check(check)
-    options = {"target_names": result.classes, "labels": range(len(result.classes)), "digits": 4}
-    report = metrics.classification_report(result.labels, predicted, zero_division=0, **options)
-    with writing_into(folder, list_outdated()) as new:
-        write_tables(result, report, test.files, new)
+    numbers = range(len(classes))
+    report = metrics.classification_report(
+        labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0
+    )
+    with writing_into(folder, outdated.split()) as new:
+        write_tables(result, report, test.files, check, new)
         draw_pictures(result, others, new)
-        if check:
-            write_check(check, new)
         write_report(result, test, others, check, lines, new)
     print_classes(result, report)
     print_lines(lines["numbers"])
     if others:
-        print_changes(result.summary["comparison"])
+        print_changes(summary["comparison"])
         print_lines(lines["comparison"])
     if check:
         print_copies(check)
@@ -271,13 +273,28 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     return folder / "confusion_matrix.png"
 
 
+def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
+    """Writes the network with its preprocessing into one file: see model.export()."""
+    constants, cpu = classifier.constants, torch.device("cpu")
+    mode = constants["interpolation"]
+    preprocessing = data.NormalizeAndResize(constants["image_size"], cpu, mode)
+    size = constants["stored_size"] or images.shape[-1]
+    network = copy.deepcopy(classifier.model).to(cpu, memory_format=torch.contiguous_format)
+    portable = resnet.Portable(network, size, constants["whole_pictures"], preprocessing)
+    batches = images.cpu().split(constants["val_batch_size"])
+    exact = classifier.dtype == torch.float32 and classifier.device.type == "cpu"
+    tolerance = 1e-4 if exact else 0.1  # a GPU computes float32 in TF32
+    resnet.export(portable, classifier.classes, batches, probabilities, path, tolerance)
+
+
 # ---- numbers ------------------------------------------------------------------------------------
 
 
 def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
     """What metrics.json holds, apart from the facts about the test images and a comparison."""
     checkpoint, labels = classifier.checkpoint, torch.from_numpy(result.labels)
-    summary = score(views.mean(0), labels) | {
+    summary = score(views.mean(0), labels)
+    summary |= {
         "macro_f1": np.average(result.f1, weights=result.support > 0),
         "classes_without_images": [result.classes[i] for i in np.flatnonzero(result.support == 0)],
         "expected_calibration_error": calibrate(result)[2],
@@ -285,7 +302,9 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "most_confused": result.pairs[:10],
         "tta": classifier.tta,
         "checkpoint": str(classifier.path),
-        **{name: checkpoint[name] for name in ("epoch", "precision", "constants")},
+        "epoch": checkpoint["epoch"],
+        "precision": checkpoint["precision"],
+        "constants": checkpoint["constants"],
         "history": utils.read_history(classifier.path, checkpoint["history"]),
     }
     if result.classes == data.CLASSES:
@@ -300,7 +319,8 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Mean cross-entropy and top-1 accuracy of logits (N, num_classes); top-5 of 6 or more."""
     loss = F.cross_entropy(logits, labels, reduction="sum").item() / len(labels)
     scores = {"loss": loss, "top1_accuracy": metrics.accuracy_score(labels, logits.argmax(1))}
-    if (count := logits.shape[1]) > 5:
+    count = logits.shape[1]
+    if count > 5:
         top5 = metrics.top_k_accuracy_score(labels, logits, k=5, labels=range(count))
         scores["top5_accuracy"] = top5
     return scores
@@ -329,20 +349,20 @@ def find_confused_pairs(cells: np.ndarray, classes: list[str]) -> list[dict]:
     """Pairs of confused classes, most mistakes first; "true" is the class mistaken more often."""
     counts = {(true, predicted): images for true, predicted, images in cells.T.tolist()}
     pairs = []
-    for (true, predicted), images in counts.items():
-        other_way = counts.get((predicted, true), 0)
+    for true, predicted in sorted(counts, key=lambda cell: (max(cell), min(cell))):
+        images, other_way = counts[true, predicted], counts.get((predicted, true), 0)
         if images > other_way or (images == other_way and true < predicted):
-            place = (-images - other_way, max(true, predicted), min(true, predicted))
-            names = {"true": classes[true], "taken_for": classes[predicted]}
-            pairs.append((place, names | {"images": images, "other_way": other_way}))
-    return [pair for _, pair in sorted(pairs, key=lambda row: row[0])]
+            pair = {"true": classes[true], "taken_for": classes[predicted]}
+            pairs.append(pair | {"images": images, "other_way": other_way})
+    return sorted(pairs, key=lambda pair: -pair["images"] - pair["other_way"])
 
 
 def calibrate(result: Result, count: int = 15) -> tuple[np.ndarray, np.ndarray, float]:
     """Images and accuracy in bins of confidence (0, 1/count], ...; Guo et al. 2017's equation 3."""
-    numbers = np.ceil(result.confidence * count).astype(int).clip(1, count) - 1
-    sums = (np.bincount(numbers, x, count) for x in (None, result.correct, result.confidence))
-    images, correct, confidence = sums
+    bins = np.ceil(result.confidence * count).astype(int).clip(1, count) - 1
+    images = np.bincount(bins, minlength=count)
+    correct = np.bincount(bins, result.correct, count)
+    confidence = np.bincount(bins, result.confidence, count)
     return images, correct / images.clip(1), abs(correct - confidence).sum() / images.sum()
 
 
@@ -377,7 +397,7 @@ def print_classes(result: Result, report: str) -> None:
         print("{images:4} + {other_way:<3} {true} taken for {taken_for}".format(**pair))
 
 
-def describe_numbers(result: Result) -> list[tuple[str, str]]:
+def describe_numbers(result: Result) -> Lines:
     """The lines, each with its label, that stand last above the prompt, and first on the page."""
     summary = result.summary
     lines = [("loss", f"{summary['loss']:.4f}")]
@@ -389,21 +409,27 @@ def describe_numbers(result: Result) -> list[tuple[str, str]]:
         ("ECE", "expected_calibration_error", ", expected calibration error"),
     ]:
         if name in summary["intervals_95"]:
-            low, high = summary["intervals_95"][name]
-            meaning = f", 95 % interval {100 * low:.2f} to {100 * high:.2f} %"
+            meaning = f", 95 % interval {describe_interval(summary['intervals_95'][name])} %"
         if name in summary:
             lines.append((label, f"{100 * summary[name]:.2f} %{meaning}"))
     if summary["tta"]:
         plain = summary["without_tta"]
         accuracy = f"top-1 {100 * plain['top1_accuracy']:.2f} %"
         lines.append(("no tta", f"loss {plain['loss']:.4f}, {accuracy}"))
-    if absent := len(summary["classes_without_images"]):
+    absent = len(summary["classes_without_images"])
+    if absent:
         classes = f"{absent} of {len(result.classes)} classes have no test image"
         lines.append(("note", f"{classes}: macro F1 leaves them out, the report counts them as 0"))
     return lines
 
 
-def print_lines(lines: list[tuple[str, str]]) -> None:
+def describe_interval(interval: list[float], sign: str = "") -> str:
+    """The bounds, times 100; sign: "+" for a plus before those that are positive."""
+    low, high = interval
+    return f"{100 * low:{sign}.2f} to {100 * high:{sign}.2f}"
+
+
+def print_lines(lines: Lines) -> None:
     """Prints labelled lines under an empty one."""
     print()
     for label, text in lines:
@@ -413,25 +439,26 @@ def print_lines(lines: list[tuple[str, str]]) -> None:
 # ---- two evaluations, or two recipes, on the same images ----------------------------------------
 
 
-def read_result(folder: str, like: Result | None = None) -> Result:
-    """Reads a results folder. Raises UserError if it is damaged, or of other images than like."""
+def read_result(folder: str, like: Result | Namespace | None = None) -> Result:
+    """Reads a results folder. Raises UserError if it is damaged, or of other images than like.
+
+    like: has the classes, labels and summary of the images, if they must be certain ones.
+    """
     path = Path(folder, "metrics.json")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        names = ("dataset", "images", "checkpoint", "epoch", "tta", "top1_accuracy")
-        summary = {name: summary[name] for name in (*names, "constants")}
+        names = ("dataset", "images", "checkpoint", "epoch", "tta", "top1_accuracy", "constants")
+        summary = {name: summary[name] for name in names}
         summary["constants"] = utils.with_defaults(summary)
         path = Path(folder, "confusion_matrix.csv")
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            _, *classes = next(csv.reader(file), ())
+        _, *classes = next(read_csv(path), ())
         path = Path(folder, "predictions.csv")
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            _, *rows = list(csv.reader(file)) or [()]
+        rows = list(read_csv(path))[1:]
         if len(rows) != summary["images"]:
             raise ValueError(f"it has {len(rows):,} images, not {summary['images']:,}")
         table = [",".join(row[:4]) for row in rows]  # without names
         *numbers, confidence = np.loadtxt(table, delimiter=",", ndmin=2).T
-        indices, labels, predicted = (x.astype(int) for x in numbers)
+        indices, labels, predicted = np.array(numbers, int)
         path = Path(folder)  # what follows compares one of its files with another
         result = Result(classes, labels, predicted, confidence, folder, summary)
         like = like or result
@@ -445,9 +472,8 @@ def read_result(folder: str, like: Result | None = None) -> Result:
         if not abs(result.correct.mean() - summary["top1_accuracy"]) < 1e-9:
             raise ValueError("its accuracy is not that of metrics.json")
     except Exception as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise utils.UserError(
-            f"{path} cannot be compared: {getattr(error, 'strerror', None) or reason}. Expected "
+            f"{path} cannot be compared: {utils.reason_of(error)}. Expected "
             "results of this evaluate.py for the same test images: evaluate that checkpoint again"
         ) from error
     if len(labels) < 2:
@@ -458,14 +484,15 @@ def read_result(folder: str, like: Result | None = None) -> Result:
 def compare_results(args: Namespace, folder: Path) -> Path:
     """Compares results folders, writes everything, then prints; returns the picture to show."""
     first = read_result(args.results[0])
-    sides = [[read_result(x, first) for x in paths] for paths in (args.results, args.compare)]
-    comparison, picture = compare(*sides), folder / "comparison.png"
+    these = [read_result(path, first) for path in args.results]
+    others = [read_result(path, first) for path in args.compare]
+    comparison, picture = compare(these, others), folder / "comparison.png"
     with writing_into(folder) as new:
         text = json.dumps(comparison, indent=2) + "\n"
         (new / "comparison.json").write_text(text, encoding="utf-8")
-        save_picture(draw_comparison(*sides, comparison), new / picture.name)
+        save_picture(draw_comparison(these, others, comparison), new / picture.name)
     print_changes(comparison)
-    print_lines(describe_comparison(*sides, comparison))
+    print_lines(describe_comparison(these, others, comparison))
     utils.say("results", f"{picture}, {folder / 'comparison.json'}")
     return picture
 
@@ -477,13 +504,12 @@ def compare(these: list[Result], others: list[Result]) -> dict:
     settings = differences(these[0], others[0])
     if len(these) > 1:
         settings.pop("seed", None)
-    f1 = np.mean([run.f1 for run in these], 0)
+    f1_change = np.mean([run.f1 for run in these], 0) - np.mean([run.f1 for run in others], 0)
     hits = np.mean([run.hits for run in these], 0)
-    other_f1 = np.mean([run.f1 for run in others], 0)
     other_hits = np.mean([run.hits for run in others], 0)
     classes = []
-    for number in np.argsort(other_f1 - f1, kind="stable"):  # the largest gain first
-        row = {"class": these[0].classes[number], "f1_change": (f1 - other_f1)[number].item()}
+    for number in np.argsort(-f1_change, kind="stable"):  # the largest gain first
+        row = {"class": these[0].classes[number], "f1_change": f1_change[number].item()}
         row |= {"correct": hits[number].item(), "other_correct": other_hits[number].item()}
         classes.append(row)
     correct = np.stack([run.correct for run in these])
@@ -494,7 +520,8 @@ def compare(these: list[Result], others: list[Result]) -> dict:
 
 def differences(run: Result, other: Result) -> dict[str, dict]:
     """The settings that differ, apart from those that tell where and how a run is done."""
-    this, that = ({"tta": x.summary["tta"]} | x.summary["constants"] for x in (run, other))
+    this = {"tta": run.summary["tta"]} | run.summary["constants"]
+    that = {"tta": other.summary["tta"]} | other.summary["constants"]
     return {
         name: {"other": that.get(name), "this": value}
         for name, value in this.items()
@@ -544,10 +571,13 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     comparison = {"difference": difference, "difference_interval_95": interval}
     if runs + other_runs > 2:  # how many more would settle a difference of this size, if it is real
         settled = (more for more in range(101) if width(more) < abs(difference))
-        return comparison | {"more_seeds": next(settled, None)}
+        comparison["more_seeds"] = next(settled, None)
+        return comparison
     gained, lost = (per_image == 1).sum().item(), (per_image == -1).sum().item()
-    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return comparison | {"only_this_correct": gained, "only_other_correct": lost, "mcnemar_p": p}
+    comparison |= {"only_this_correct": gained, "only_other_correct": lost, "mcnemar_p": 1.0}
+    if gained + lost:
+        comparison["mcnemar_p"] = stats.binomtest(gained, gained + lost).pvalue
+    return comparison
 
 
 def largest_changes(comparison: dict, count: int) -> list[dict]:
@@ -560,53 +590,53 @@ def largest_changes(comparison: dict, count: int) -> list[dict]:
 def print_changes(comparison: dict) -> None:
     """Prints the classes that changed most."""
     changes = largest_changes(comparison, 5)
-    line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
     title = "largest changes in F1, with correct images" if changes else "F1: no class has changed"
-    print(f"\n{title}", *(line.format(**row) for row in changes), sep="\n")
+    print(f"\n{title}")
+    for row in changes:
+        line = "{f1_change:+8.4f}  {class}: other {other_correct:.4g}, this {correct:.4g}"
+        print(line.format(**row))
 
 
-def describe_comparison(
-    these: list[Result], others: list[Result], comparison: dict
-) -> list[tuple[str, str]]:
+def describe_comparison(these: list[Result], others: list[Result], comparison: dict) -> Lines:
     """Labelled lines: what differs between these runs and the others, and how certain that is."""
-    paired = len(these) == 1
-    this, other = ([100 * run.correct.mean() for run in runs] for runs in (these, others))
-    lines = []
-    if paired:
-        checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
-        lines.append(("compared", f"with {others[0].folder}: {checkpoint}"))
-    else:
-        lines += [("other", describe_run(run)) for run in others]
-        lines += [("this", describe_run(run)) for run in these]
-    lines.append(("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %"))
-    low, high = (100 * x for x in comparison["difference_interval_95"])
-    kind = "paired 95 % interval" if paired else "95 % interval over seeds and images"
-    change = f"{100 * comparison['difference']:+.2f} points"
-    lines.append(("change", f"{change}, {kind} {low:+.2f} to {high:+.2f} points"))
-    if paired:
-        p = comparison["mcnemar_p"]
-        test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
-        counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
-        lines.append(("images", f"{counts.format(**comparison)}; {test}"))
-    else:
-        spreads = f"other {np.std(other, ddof=1):.2f}, this {np.std(this, ddof=1):.2f} points"
-        lines.append(("seeds", f"standard deviation: {spreads}"))
+    this = [100 * run.correct.mean() for run in these]
+    other = [100 * run.correct.mean() for run in others]
+    accuracies = ("top-1", f"other {np.mean(other):.2f} %, this {np.mean(this):.2f} %")
+    settings = []
     notes = {"tta": " (averaging two views changes the accuracy by itself)"}
     notes["holdout_per_class"] = " (with 0, these images selected the checkpoint: optimistic)"
     for name, values in comparison["different_constants"].items():
         text = "other {other!r}, this {this!r}".format(**values)
-        lines.append(("differs", f"{name.upper()}: {text}{notes.get(name, '')}"))
-    if paired:
-        caution = "two checkpoints, not two recipes: another SEED changes the accuracy too"
-        return [*lines, ("caution", caution)]
-    if low <= 0 <= high:
-        more = comparison["more_seeds"]
-        many = f"about {more}" if more else "over 100"
-        seeds = f"{many} more seed{'s' * (more != 1)} of each recipe"
-        verdict = f"not known yet: {seeds} would settle a difference of this size"
-    else:
-        verdict = f"this recipe is {'better' if low > 0 else 'worse'} than the other"
-    return [*lines, ("verdict", verdict)]
+        settings.append(("differs", f"{name.upper()}: {text}{notes.get(name, '')}"))
+    if len(these) == 1:
+        checkpoint = "{checkpoint}, epoch {epoch}".format(**others[0].summary)
+        counts = "{only_other_correct} correct only in the other, {only_this_correct} only in this"
+        p = comparison["mcnemar_p"]
+        test = f"McNemar's exact test: p {'<' if p < 1e-4 else '='} {max(p, 1e-4):.2g}"
+        return [
+            ("compared", f"with {others[0].folder}: {checkpoint}"),
+            accuracies,
+            ("change", describe_change(comparison, "paired 95 % interval")),
+            ("images", f"{counts.format(**comparison)}; {test}"),
+            *settings,
+            ("caution", "two checkpoints, not two recipes: another SEED changes the accuracy too"),
+        ]
+    spreads = f"other {np.std(other, ddof=1):.2f}, this {np.std(this, ddof=1):.2f} points"
+    return [
+        *[("other", describe_run(run)) for run in others],
+        *[("this", describe_run(run)) for run in these],
+        accuracies,
+        ("change", describe_change(comparison, "95 % interval over seeds and images")),
+        ("seeds", f"standard deviation: {spreads}"),
+        *settings,
+        ("verdict", judge_recipes(comparison)),
+    ]
+
+
+def describe_change(comparison: dict, interval: str, of: str = "") -> str:
+    """The difference, of what, and its interval, whose kind is named."""
+    bounds = describe_interval(comparison["difference_interval_95"], "+")
+    return f"{100 * comparison['difference']:+.2f} points{of}, {interval} {bounds} points"
 
 
 def describe_run(run: Result) -> str:
@@ -615,14 +645,20 @@ def describe_run(run: Result) -> str:
     return f"top-1 {100 * run.correct.mean():.2f} %, SEED {seed}: {run.folder}"
 
 
+def judge_recipes(comparison: dict) -> str:
+    """Which of two recipes is better, or how many more seeds would tell."""
+    low, high = comparison["difference_interval_95"]
+    if low > 0:
+        return "this recipe is better than the other"
+    if high < 0:
+        return "this recipe is worse than the other"
+    more = comparison["more_seeds"]
+    many = f"about {more}" if more else "over 100"
+    seeds = f"{many} more seed{'s' * (more != 1)} of each recipe"
+    return f"not known yet: {seeds} would settle a difference of this size"
+
+
 # ---- copies and wrong labels --------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """A row of duplicates.csv or suspect_labels.csv, and the pictures that it is about."""
-
-    values: list
-    pictures: list[Tensor]
 
 
 class DataCheck(NamedTuple):
@@ -630,8 +666,8 @@ class DataCheck(NamedTuple):
 
     facts: dict  # what metrics.json holds as "data_check"
     copied: np.ndarray  # whether a test image has a copy (N,)
-    pairs: list[Row]  # each test image with its likeliest copy, the most similar first
-    suspects: list[Row]  # labels of test images, then of training images; the worst first
+    pairs: list[Row]  # of duplicates.csv: test images, each with its likeliest copy
+    suspects: list[Row]  # of suspect_labels.csv: those of test images first
 
 
 def check_data(
@@ -642,22 +678,26 @@ def check_data(
     Test labels are judged by the network's probabilities (N, num_classes), training labels by heads
     on its initial features, each head on images that it was not trained on.
     """
-    classes, progress = classifier.classes, utils.is_first()
+    classes, network = classifier.classes, load_initial_network(classifier)
+
+    def extract_features(split: data.Split) -> Tensor:
+        loader = classifier.load(split.stored, split.rows)
+        return resnet.extract_features(network, loader, classifier.dtype, progress=True)
+
     test, train = test.named(), train.named()
-    network, images, features = load_initial_network(classifier), [], []
-    for split in (test, train):
-        images.append(data.place(split.images, classifier.device))
-        loader = classifier.load(images[-1])
-        features.append(resnet.extract_features(network, loader, classifier.dtype, progress))
-    partner, similarity, alike = data.find_copies(*images, *features, progress)
-    pairs = list_pairs(test, train, partner.tolist(), similarity.tolist(), classes)
-    labels = train.labels.to(classifier.device)
-    heads = resnet.predict_out_of_fold(features[1], labels, len(classes), progress).cpu()
+    images, others = test.to(classifier.device), train.to(classifier.device)
+    features, other_features = extract_features(images), extract_features(others)
+    partner, similarity, alike = data.find_copies(
+        images.stored, others.stored, features, other_features, True, images.rows, others.rows
+    )
+    partner, similarity = partner.cpu(), similarity.cpu()
+    pairs = list_pairs(test, train, partner, similarity, classes)
+    heads = resnet.predict_out_of_fold(other_features, others.labels, len(classes), progress=True)
     suspects = list_suspects("test", test, probabilities, classes)
-    training_suspects = list_suspects("training", train, heads, classes)
+    training_suspects = list_suspects("training", train, heads.cpu(), classes)
     rare = (train.labels.bincount(minlength=len(classes)) < 5).nonzero().flatten().tolist()
-    copied = similarity.cpu().numpy() > data.COPY_SIMILARITY
-    copies = [row.values for row in pairs[: copied.sum()]]
+    copied = similarity.numpy() > data.COPY_SIMILARITY
+    copies = [values for values, _ in pairs[: copied.sum()]]
     facts = {
         "images_trained_on": len(train.labels),
         "test_images": len(test.labels),
@@ -673,31 +713,47 @@ def check_data(
     return DataCheck(facts, copied, pairs, suspects + training_suspects)
 
 
+def load_initial_network(classifier: Classifier) -> nn.Module:
+    """The network with the weights that training began with; without their file, as it is now.
+
+    Features that were trained on a wrong label agree with it, so that heads on them miss more. For
+    copies, the initial features are as good or better.
+    """
+    settings = Namespace(**classifier.constants)
+    path = resnet.find_weights(settings.architecture, settings.weights)
+    effect = "the network's own features, training labels that it has learnt do not look wrong"
+    if not path.is_file():
+        utils.say("note", f"no file of weights {settings.weights!r}: {effect}")
+        return classifier.model
+    model = resnet.build_model(settings.architecture, len(classifier.classes))
+    resnet.load_weights(model, settings, classifier.classes)
+    begun = classifier.checkpoint.get("weights_checksum")  # which older ones lack
+    if begun and begun != resnet.checksum(model):
+        utils.say("note", f"{path} has changed since training began: {effect}")
+        return classifier.model
+    return model.to(classifier.device, memory_format=utils.memory_format(classifier.device))
+
+
 def list_pairs(
-    test: data.Split,
-    train: data.Split,
-    partner: list[int],
-    similarity: list[float],
-    classes: list[str],
+    test: data.Split, train: data.Split, partner: Tensor, similarity: Tensor, classes: list[str]
 ) -> list[Row]:
-    """A row for every test image and its partner among the training images."""
+    """Every test image and its partner among the training images, the most similar first."""
     rows = []
-    for index in np.argsort(-np.array(similarity), kind="stable").tolist():
-        other = partner[index]
+    for index in similarity.argsort(descending=True, stable=True).tolist():
+        other = partner[index].item()
         names = [test.files[index], train.files[other]]
         labels = [classes[test.labels[index]], classes[train.labels[other]]]
-        values = [*names, similarity[index], *labels, labels[0] == labels[1]]
-        rows.append(Row(values, [test.image(index), train.image(other)]))
+        values = [*names, similarity[index].item(), *labels, labels[0] == labels[1]]
+        rows.append((values, [test.image(index), train.image(other)]))
     return rows
 
 
 def list_identical(test: data.Split, train: data.Split, classes: list[str]) -> list[list[list]]:
     """Groups of equal images: part, image and label of each."""
-    images = [
-        [part, name, classes[label]]
-        for part, split in (("test", test), ("training", train))
-        for name, label in zip(split.files, split.labels.tolist())
-    ]
+    images = []
+    for part, split in (("test", test), ("training", train)):
+        for name, label in zip(split.files, split.labels.tolist()):
+            images.append([part, name, classes[label]])
     groups = data.find_identical(test, train)
     return [[images[number] for number in group] for group in groups]
 
@@ -725,31 +781,8 @@ def list_suspects(
             labels = [classes[split.labels[index]], classes[likelier.indices[index]]]
             chances = [own[index].item(), likelier.values[index].item()]
             values = [part, split.files[index], *labels, *chances]
-            rows.append(Row(values, [split.image(index)]))
+            rows.append((values, [split.image(index)]))
     return rows
-
-
-def load_initial_network(classifier: Classifier) -> nn.Module:
-    """The network with the weights that training began with; without their file, as it is now.
-
-    Features that were trained on a wrong label agree with it, so that heads on them miss more. For
-    copies, the initial features are as good or better.
-    """
-    architecture, name = (classifier.constants[x] for x in ("architecture", "weights"))
-    path = resnet.find_weights(architecture, name)
-    effect = "the network's own features, training labels that it has learnt do not look wrong"
-    if not path.is_file():
-        utils.say("note", f"no file of weights {name!r}: {effect}")
-        return classifier.model
-    with utils.explained_misfit(path, architecture):
-        weights = utils.load_safely(path, zip_only=False)
-        model = resnet.build_model(architecture, len(classifier.classes))
-        resnet.load_pretrained(model, resnet.unwrap_weights(weights), with_head=False)
-    begun = classifier.checkpoint.get("weights_checksum")  # which older ones lack
-    if begun and begun != resnet.checksum(model):
-        utils.say("note", f"{path} has changed since training began: {effect}")
-        return classifier.model
-    return model.to(classifier.device, memory_format=utils.memory_format(classifier.device))
 
 
 def score_without_copies(check: DataCheck, result: Result, others: list[Result]) -> dict:
@@ -768,14 +801,14 @@ def score_without_copies(check: DataCheck, result: Result, others: list[Result])
             "interval_95": intervals["top1_accuracy"],
         }
     if others and kept.sum() > 1:
-        correct = [run.correct[None, kept] for run in (result, others[0])]
-        scores["without_copies"]["comparison"] = compare_accuracies(*correct)
+        comparison = compare_accuracies(result.correct[None, kept], others[0].correct[None, kept])
+        scores["without_copies"]["comparison"] = comparison
     return scores
 
 
 def print_copies(check: DataCheck) -> None:
     """Prints the copies whose label differs from that of the training image."""
-    copies = [row.values for row in check.pairs[: check.facts["copies"]]]
+    copies = [values for values, _ in check.pairs[: check.facts["copies"]]]
     differ = [values for values in copies if values[3] != values[4]]
     if differ and not check.facts["undecided"]:
         print("\ncopies with another label: similarity, test image | training image")
@@ -783,19 +816,20 @@ def print_copies(check: DataCheck) -> None:
             print(f"{similarity:8.3f}  {name} {label} | {other} {other_label}")
 
 
-def describe_check(check: DataCheck) -> list[tuple[str, str]]:
+def describe_check(check: DataCheck) -> Lines:
     """Labelled lines: the accuracy without the test images that have copies, and what looks wrong."""
-    facts = check.facts
-    across = [group for group in facts["identical"] if len({part for part, *_ in group}) > 1]
-    unlike = [group for group in facts["identical"] if len({label for *_, label in group}) > 1]
-    counts = f"{len(across)} in both parts, {len(unlike)} with different labels"
-    lines = [("exact", f"{len(facts['identical'])} groups of equal images, {counts}")]
+    facts, groups = check.facts, check.facts["identical"]
+    across = sum(len({part for part, _, _ in group}) > 1 for group in groups)
+    unlike = sum(len({label for _, _, label in group}) > 1 for group in groups)
+    counts = f"{across} in both parts, {unlike} with different labels"
+    lines = [("exact", f"{len(groups)} groups of equal images, {counts}")]
     found = f"{facts['copies']:,} of {facts['test_images']:,} test images have a "
     if facts["undecided"]:
         found += f"training image with a similarity above {facts['threshold']}; "
         found += f"for {100 * facts['alike']:.1f} % even the 11th nearest is that similar"
+        lines.append(("copies", f"undecided: {found}"))
         advice = "frames of one scene are copies, scans of one form are not: look at the pairs"
-        lines += [("copies", f"undecided: {found}"), ("note", advice)]
+        lines.append(("note", advice))
     else:
         found += f"near-duplicate among the {facts['images_trained_on']:,} images trained on"
         if "accuracy_on_copies" in facts:
@@ -804,34 +838,29 @@ def describe_check(check: DataCheck) -> list[tuple[str, str]]:
         if facts["copies_with_another_label"]:
             differ = f"{facts['copies_with_another_label']} copies have another label"
             lines.append(("labels", f"{differ}: one of the two is wrong"))
-    if rest := facts.get("without_copies"):
-        low, high = (100 * x for x in rest["interval_95"])
+    if "without_copies" in facts:
+        rest = facts["without_copies"]
         accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} % on the other {rest['images']:,}"
-        lines.append(("without", f"{accuracy}, 95 % interval {low:.2f} to {high:.2f} %"))
+        interval = f"95 % interval {describe_interval(rest['interval_95'])} %"
+        lines.append(("without", f"{accuracy}, {interval}"))
         if "comparison" in rest:
-            low, high = (100 * x for x in rest["comparison"]["difference_interval_95"])
-            change = f"{100 * rest['comparison']['difference']:+.2f} points without copies"
-            interval = f"paired 95 % interval {low:+.2f} to {high:+.2f} points"
-            lines.append(("change", f"{change}, {interval}"))
+            change = describe_change(rest["comparison"], "paired 95 % interval", " without copies")
+            lines.append(("change", change))
     counts = "{test:,} test and {training:,} training labels".format(**facts["suspect_labels"])
     lines.append(("suspect", f"{counts} are probably wrong: see suspect_labels.csv"))
-    if rare := len(facts["classes_too_small_to_judge"]):
+    rare = len(facts["classes_too_small_to_judge"])
+    if rare:
         text = f"training labels of {rare} classes with fewer than 5 images are not judged"
         lines.append(("note", text))
     return lines
 
 
-def write_check(check: DataCheck, folder: Path) -> None:
-    """Writes the tables of --check-data."""
-    header = ["test_image", "training_image", "similarity"]
-    header += ["test_label", "training_label", "same_label"]
-    copies = check.pairs[: check.facts["copies"]]
-    write_csv(folder / "duplicates.csv", header, [row.values for row in copies])
-    header = ["part", "image", "label", "likelier_label", "probability", "likelier_probability"]
-    write_csv(folder / "suspect_labels.csv", header, [row.values for row in check.suspects])
-
-
 # ---- tables and pictures ------------------------------------------------------------------------
+
+# Files of an earlier evaluation that this one may not have, and what earlier versions drew
+outdated = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
+outdated += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
+outdated += "duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -862,35 +891,49 @@ def writing_into(folder: Path, outdated: Iterable[str] = ()) -> Iterator[Path]:
                 file.replace(folder / file.name)
 
 
-def open_csv(path: Path, mode: str = "w") -> TextIO:
-    """A text file to write a table into. Names that are not UTF-8 keep their bytes."""
-    return open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
+def write_csv(path: Path, rows: Iterable[Iterable], mode: str = "w") -> None:
+    """Writes rows as a CSV file; mode "a" adds to it. Names that are not UTF-8 keep their bytes."""
+    with open(path, mode, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def write_csv(path: Path, header: list[str], rows: Iterable[Iterable]) -> None:
-    """Writes a header and rows as a CSV file."""
-    with open_csv(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(header)
-        table.writerows(rows)
+def read_csv(path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV file, its header first."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        yield from csv.reader(file)
 
 
-def write_tables(result: Result, report: str, files: Sequence[str], folder: Path) -> None:
-    """Writes metrics.json, the report, the confusion matrix and the predictions."""
+def write_tables(
+    result: Result, report: str, files: Sequence[str], check: DataCheck | None, folder: Path
+) -> None:
+    """Writes metrics.json, the report, the confusion matrix, the predictions and what is checked."""
     text = json.dumps(result.summary, indent=2) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
     header = ["class", "precision", "recall", "f1-score", "support"]
     rows = zip(result.classes, *result.scores, result.support)
-    write_csv(folder / "classification_report.csv", header, rows)
+    write_csv(folder / "classification_report.csv", [header, *rows])
     header = ["true/predicted", *result.classes]
-    write_csv(folder / "confusion_matrix.csv", header, list_matrix_rows(result))
-    header = ["index", "label", "predicted", "confidence", "class", "predicted_class"]
-    columns = [range(len(result.labels)), result.labels, result.predicted, result.confidence]
-    columns += [[result.classes[i] for i in x] for x in (result.labels, result.predicted)]
+    write_csv(folder / "confusion_matrix.csv", chain([header], list_matrix_rows(result)))
+    columns = {
+        "index": range(len(result.labels)),
+        "label": result.labels,
+        "predicted": result.predicted,
+        "confidence": result.confidence,
+        "class": [result.classes[number] for number in result.labels],
+        "predicted_class": [result.classes[number] for number in result.predicted],
+    }
     if files:
-        columns, header = [*columns, files], [*header, "file"]
-    write_csv(folder / "predictions.csv", header, zip(*columns))
+        columns["file"] = files
+    write_csv(folder / "predictions.csv", [list(columns), *zip(*columns.values())])
+    if check:
+        header = ["test_image", "training_image", "similarity"]
+        header += ["test_label", "training_label", "same_label"]
+        copies = check.pairs[: check.facts["copies"]]
+        write_csv(folder / "duplicates.csv", [header, *(values for values, _ in copies)])
+        header = ["part", "image", "label", "likelier_label", "probability", "likelier_probability"]
+        rows = [values for values, _ in check.suspects]
+        write_csv(folder / "suspect_labels.csv", [header, *rows])
 
 
 def list_matrix_rows(result: Result) -> Iterator[list]:
@@ -900,19 +943,12 @@ def list_matrix_rows(result: Result) -> Iterator[list]:
         yield [name, *np.bincount(predicted, minlength=len(result.classes))]
 
 
-def list_outdated() -> list[str]:
-    """Files of an earlier evaluation that this one may not have, and what earlier versions drew."""
-    names = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
-    names += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
-    return f"{names} duplicates.png suspect_labels.png".split()
-
-
 def draw_pictures(result: Result, others: list[Result], folder: Path) -> None:
     """Draws and writes the pictures for which there is something to draw."""
     per_cell = -(-len(result.classes) // 1000)  # or it would need gigabytes
     matrix, names, groups = count_matrix(result, per_cell), result.classes[::per_cell], []
     if result.classes == data.CLASSES:
-        names, groups = [*chain(*data.SUPERCLASSES.values())], list(data.SUPERCLASSES)
+        names, groups = list(chain(*data.SUPERCLASSES.values())), list(data.SUPERCLASSES)
         matrix = data.by_superclass(matrix)
         superclasses = draw_matrix(data.count_superclasses(matrix), groups)
         save_picture(superclasses, folder / "superclass_confusion_matrix.png")
@@ -920,7 +956,8 @@ def draw_pictures(result: Result, others: list[Result], folder: Path) -> None:
     if others:
         figure = draw_comparison([result], others, result.summary["comparison"])
         save_picture(figure, folder / "comparison.png")
-    if history := result.summary["history"]:
+    history = result.summary["history"]
+    if history:
         figure = utils.draw_curves(history, result.summary["constants"]["watch"])
         save_picture(figure, folder / "training_curves.png")
     else:
@@ -947,11 +984,16 @@ def legible(texts: Iterable[str]) -> list[str]:
     texts, families, find = list(texts), plt.rcParams["font.family"], font_manager.FontProperties
     missing = set("".join(texts)) - {"\n"}
     for name in [find().get_name(), *sorted(font_manager.get_font_names())]:
-        if missing and not name.startswith("Last Resort"):  # which has boxes for all letters
-            font = font_manager.get_font(font_manager.findfont(find(family=name)))
-            found = {x for x in missing if x.isprintable() and font.get_char_index(ord(x))}
-            families, missing = families + [name] * bool(found), missing - found
-    plt.rcParams.update({"font.family": [*dict.fromkeys(families)], "text.parse_math": False})
+        if not missing:
+            break
+        if name.startswith("Last Resort"):  # which has boxes for all letters
+            continue
+        font = font_manager.get_font(font_manager.findfont(find(family=name)))
+        found = {x for x in missing if x.isprintable() and font.get_char_index(ord(x))}
+        if found and name not in families:
+            families = [*families, name]
+        missing -= found
+    plt.rcParams.update({"font.family": families, "text.parse_math": False})
     escapes = {ord(x): x.encode("unicode_escape").decode() for x in missing}
     return [text.translate(escapes) for text in texts]
 
@@ -981,25 +1023,24 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
     return figure
 
 
-def draw_bars(axes: Axes, names: Sequence, values: Sequence, number: str, **style) -> None:
-    """Horizontal bars, each with its name and its number in this format."""
-    bars = axes.barh(range(len(names)), values, **style)
-    axes.bar_label(bars, fmt=number, padding=2)
-    axes.set_yticks(range(len(names)), legible(names))
-    sns.despine(ax=axes)
-
-
 def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
     """The largest changes in F1, 15 each way; all runs, and the difference with its interval."""
     changes = largest_changes(comparison, 15)
-    names, values = ([row[name] for row in changes] for name in ("class", "f1_change"))
-    this, other = "steelblue", "darkorange"
-    panels = [["f1", "runs"], ["f1", "difference"]]
-    left, upper, lower = new_figure(12, 8).subplot_mosaic(panels).values()
-    draw_bars(left, names, values, "%+.3f", color=[this if x > 0 else other for x in values])
+    figure, this, other = new_figure(12, 8), "steelblue", "darkorange"
+    axes = figure.subplot_mosaic([["f1", "runs"], ["f1", "difference"]])
+    left, upper, lower = axes["f1"], axes["runs"], axes["difference"]
+
+    values = [row["f1_change"] for row in changes]
+    colors = [this if value > 0 else other for value in values]
+    bars = left.barh(range(len(changes)), values, color=colors)
+    left.bar_label(bars, fmt="%+.3f", padding=2)
+    left.set_yticks(range(len(changes)), legible(row["class"] for row in changes))
     left.margins(x=0.2)
-    left.set(ylim=(max(15, len(names)) - 0.5, -0.5), xlabel="change in F1: this evaluation - other")
-    left.set_title("" if names else "no class has changed")
+    title = "" if changes else "no class has changed"
+    left.set(title=title, xlabel="change in F1: this evaluation - other")
+    left.set_ylim(max(15, len(changes)) - 0.5, -0.5)
+    sns.despine(ax=left)
+
     for place, (runs, color) in enumerate([(these, this), (others, other)]):
         accuracies = [run.correct.mean() for run in runs]
         upper.plot(accuracies, [place] * len(runs), "o", color=color, alpha=0.6)
@@ -1007,12 +1048,13 @@ def draw_comparison(these: list[Result], others: list[Result], comparison: dict)
     upper.set(xlabel="top-1 accuracy of each run (points) and their mean (line)", ylim=(-0.5, 1.5))
     upper.set_yticks([0, 1], ["this", "other"])
     upper.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+
     lower.plot(comparison["difference_interval_95"], [0, 0], color="black")
     lower.plot(comparison["difference"], 0, "o", color="black")
     lower.axvline(0, color="gray", linestyle=":")
     lower.set(xlabel="difference in points, this - other, with its 95 % interval", yticks=[])
     lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    return left.figure
+    return figure
 
 
 def open_window(path: Path) -> None:
@@ -1031,62 +1073,55 @@ def open_window(path: Path) -> None:
 # ---- a page to look at --------------------------------------------------------------------------
 
 
-class Section(NamedTuple):
-    """A part of a page: labelled lines, a table that a click on a column sorts, and pictures."""
-
-    title: str
-    lines: Sequence[tuple[str, str]] = ()
-    header: Sequence[str] = ()
-    rows: Sequence[list] = ()  # of texts, or [text, address within the page]
-    figures: Sequence[tuple[list[Tensor], list[str]]] = ()  # images side by side, their caption
-
-
 def write_report(
     result: Result,
     test: data.Split,
     others: list[Result],
     check: DataCheck | None,
-    lines: dict[str, list[tuple[str, str]]],
+    lines: dict[str, Lines],
     folder: Path,
 ) -> None:
     """Writes report.html: the numbers, and the images behind them."""
-    summary, order = result.summary, order_by_interest(result)
-    images = {
-        "name": [test.files[i] if test.files else str(i) for i in order],
-        "label": result.labels[order].tolist(),
-        "predicted": result.predicted[order].tolist(),
-        "confidence": result.confidence[order].round(4).tolist(),
+    summary, chosen = result.summary, order_by_interest(result)
+    names = test.named().files
+    columns = {
+        "name": [names[index] for index in chosen],
+        "label": result.labels[chosen].tolist(),
+        "predicted": result.predicted[chosen].tolist(),
+        "confidence": result.confidence[chosen].round(4).tolist(),
     }
     if others:
-        images["other"] = others[0].predicted[order].tolist()
-    chosen = "selected the checkpoint: optimistic"
-    if not summary["test_images_chose_checkpoint"]:
-        chosen = "did not select the checkpoint"
-    measured = ("images", f"{summary['images']:,} of {summary['dataset']}, which {chosen}")
+        columns["other"] = others[0].predicted[chosen].tolist()
+    order, groups = range(len(result.classes)), []
+    if result.classes == data.CLASSES:
+        order = data.superclass_order()
+        groups = [[name, len(members)] for name, members in data.SUPERCLASSES.items()]
+    effect = "did not select the checkpoint"
+    if summary["test_images_chose_checkpoint"]:
+        effect = "selected the checkpoint: optimistic"
+    measured = ("images", f"{summary['images']:,} of {summary['dataset']}, which {effect}")
     page = {
         "title": f"{summary['checkpoint']}, epoch {summary['epoch']}",
         "lines": [measured, *lines["numbers"], *lines.get("comparison", [])],
         "classes": result.classes,
-        "order": list(range(len(result.classes))),
-        "groups": [],
+        "place": np.argsort(order).tolist(),  # of each class in the matrix
+        "groups": groups,
         "cells": result.cells.T.tolist(),
         "support": result.support.tolist(),
         "comparison": summary.get("comparison"),
     }
-    if result.classes == data.CLASSES:
-        page["order"] = data.superclass_order()
-        page["groups"] = [[name, len(members)] for name, members in data.SUPERCLASSES.items()]
-    if (curves := folder / "training_curves.png").exists():
+    curves = folder / "training_curves.png"
+    if curves.exists():
         page["curves"] = as_url("image/png", curves.read_bytes())
     sections = list_tables(result)
     if check:
         sections += list_galleries(check, lines["check"])
-    write_page(folder / "report.html", page, sections, images, [test.image(i) for i in order])
+    write_page(folder / "report.html", page, sections, columns, [test.image(i) for i in chosen])
 
 
 def order_by_interest(result: Result) -> list[int]:
     """The images for the page, which may not have room for all, the most wanted first."""
-    surest, seen, rank = result.most_confident, Counter(), []
+    surest, seen, rank = np.argsort(-result.confidence, kind="stable"), Counter(), []
     wrong, right = surest[~result.correct[surest]], surest[result.correct[surest]]
     for label in result.labels[right].tolist():
         rank.append(seen[label])
@@ -1096,81 +1131,90 @@ def order_by_interest(result: Result) -> list[int]:
     return order[:20_000].tolist()  # there is room for fewer
 
 
-def list_tables(result: Result) -> list[Section]:
+def list_tables(result: Result) -> list[dict]:
     """The classes, the worst first; the pairs most confused; accuracy by confidence."""
+    classes, changes = result.classes, {}
     header, rows = ["class", "precision", "recall", "F1", "images"], []
-    for i in [*result.worst_first, *np.flatnonzero(result.support == 0)]:
-        scores = [f"{score:.3f}" for score in result.scores[:, i]]
-        rows.append([[result.classes[i], f"#class={i}"], *scores, str(result.support[i])])
-    if comparison := result.summary.get("comparison"):
-        changes = {row["class"]: row["f1_change"] for row in comparison["classes"]}
+    if "comparison" in result.summary:
         header.append("F1 change")
-        for row in rows:
-            row.append(f"{changes[row[0][0]]:+.3f}")
-    sections = [Section("Classes", header=header, rows=rows)]
+        for row in result.summary["comparison"]["classes"]:
+            changes[row["class"]] = [f"{row['f1_change']:+.3f}"]
+    for number in [*result.worst_first, *np.flatnonzero(result.support == 0)]:
+        name, images = [classes[number], f"#class={number}"], str(result.support[number])
+        scores = [f"{score:.3f}" for score in result.scores[:, number]]
+        rows.append([name, *scores, images, *changes.get(classes[number], [])])
+    sections = [{"title": "Classes", "header": header, "rows": rows}]
 
     header, rows = ["class", "taken for", "images", "the other way"], []
     for pair in result.pairs[:100]:
-        a, b = result.classes.index(pair["true"]), result.classes.index(pair["taken_for"])
+        a, b = classes.index(pair["true"]), classes.index(pair["taken_for"])
         images = [str(pair["images"]), f"#cell={a},{b}"]
         other_way = [str(pair["other_way"]), f"#cell={b},{a}"]
         rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], images, other_way])
-    sections.append(Section("Most confused pairs", header=header, rows=rows))
+    sections.append({"title": "Most confused pairs", "header": header, "rows": rows})
 
     header, rows = ["confidence", "accuracy", "images"], []
     images, accuracy, _ = calibrate(result)
-    for i in np.flatnonzero(images):
-        middle = (i + 0.5) / len(images)
-        rows.append([f"{middle:.2f}", f"{accuracy[i]:.2f}", f"{images[i]:.0f}"])
-    sections.append(Section("Reliability: accuracy by confidence", header=header, rows=rows))
+    for number in np.flatnonzero(images):
+        middle = (number + 0.5) / len(images)
+        rows.append([f"{middle:.2f}", f"{accuracy[number]:.2f}", str(images[number])])
+    title = "Reliability: accuracy by confidence"
+    sections.append({"title": title, "header": header, "rows": rows})
     return sections
 
 
-def list_galleries(check: DataCheck, lines: list[tuple[str, str]]) -> list[Section]:
+def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
     """The most similar pairs, with the first that are no copies, and the most suspect labels."""
     copies, figures = check.facts["copies"], []
-    for row in [*check.pairs[: min(copies, 200)], *check.pairs[copies:][:12]]:
-        name, other, similarity, label, other_label, _ = row.values
+    for values, pictures in [*check.pairs[: min(copies, 200)], *check.pairs[copies:][:12]]:
+        name, other, similarity, label, other_label, _ = values
         verdict = f"similarity {similarity:.3f}"
         if not check.facts["undecided"]:
             verdict += ", a copy" if similarity > check.facts["threshold"] else ", no copy"
         caption = [verdict, f"test {name}: {label}", f"training {other}: {other_label}"]
-        figures.append((row.pictures, caption))
-    sections = [Section("Copies, beside the training image", lines, figures=figures)]
+        figures.append((pictures, caption))
+    sections = [{"title": "Copies, beside the training image", "lines": lines, "figures": figures}]
     for part in ("test", "training"):
-        suspects = [row for row in check.suspects if row.values[0] == part]
+        suspects = [row for row in check.suspects if row[0][0] == part]
         figures = []
-        for row in suspects[:150]:
-            _, name, label, likelier, own, best = row.values
+        for (_, name, label, likelier, own, best), pictures in suspects[:150]:
             caption = [f"{label}? {100 * own:.2f} %", f"{likelier}: {100 * best:.1f} %", name]
-            figures.append((row.pictures, caption))
+            figures.append((pictures, caption))
         shown = [("shown", f"{len(figures)} of {len(suspects):,}")]
-        sections.append(Section(f"Suspect labels: {part} images", shown, figures=figures))
+        title = f"Suspect labels: {part} images"
+        sections.append({"title": title, "lines": shown, "figures": figures})
     return sections
 
 
 def write_page(
     path: Path,
     page: dict,
-    sections: list[Section],
+    sections: list[dict],
     columns: dict[str, list] | None = None,
     images: Sequence[Tensor] = (),
 ) -> None:
     """Writes page_body and page_script with what it shows into one file, which requests nothing.
 
-    columns: what is told of the images. As many of them are shown as there is room for.
+    A section has a "title" and any of: "lines", each a label and a text; "header" and "rows" of a
+    table, whose cells are texts, or [text, address within the page]; "figures", each images side by
+    side and the lines of their caption. columns: what is told of the other images, of which as many
+    are shown as there is room for.
     """
-    figures = [figure for section in sections for figure in section.figures]
-    pictures = [picture for pictures, _ in figures for picture in pictures]
+    pictures, shown = [], []
+    for section in sections:
+        figures = []
+        for tiles, caption in section.get("figures", []):
+            numbers = range(len(pictures), len(pictures) + len(tiles))
+            figures.append([list(numbers), caption])
+            pictures += tiles
+        shown.append(section | {"figures": figures})
     side, sheets = make_sheets([*pictures, *images])
     room = max(side**2 * len(sheets) - len(pictures), 0)
-    content = page | {"side": side, "sheets": sheets, "first_image": len(pictures), "sections": []}
+    content = page | {"side": side, "sheets": sheets, "first_image": len(pictures)}
+    content["sections"] = shown
     content["images"] = {name: column[:room] for name, column in (columns or {}).items()}
-    for section in sections:
-        figures = [[len(pictures), caption] for pictures, caption in section.figures]
-        content["sections"].append(section._replace(figures=figures)._asdict())
     text = json.dumps(content).replace("<", "\\u003c")  # so that no name ends the element
-    style, script = (as_source(x) for x in (page_style, page_script))
+    style, script = as_source(page_style), as_source(page_script)
     policy = f"default-src 'none'; img-src data:; style-src {style}; script-src {script}"
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
@@ -1264,7 +1308,8 @@ page_body = """
     </section>
     <section id="chosen">
       <h2 id="which" aria-live="polite"></h2>
-      <p id="links"></p>
+      <p><a href="#mistakes">mistakes</a><span id="compared" hidden> ·
+        <a href="#gained">right only here</a> · <a href="#lost">right only in the other</a></span></p>
       <div class="scroll"><div class="figures" id="images"></div></div>
     </section>
   </div>
@@ -1276,45 +1321,15 @@ page_body = """
 page_script = """
 "use strict";
 const page = JSON.parse(document.getElementById("page").textContent);
-const {classes, cells, images, comparison, side} = page;
+const {classes = [], groups = [], cells, place, support, comparison, images, side} = page;
 const find = id => document.getElementById(id);
 
-// An element; its content, such as a name, is text and never markup.
-function make(name, content = "", attributes = {}) {
+// An element with a text, which is never markup, or with other elements in it.
+function make(name, content = [], attributes = {}) {
   const node = document.createElement(name);
-  node.append(content);
+  node.append(...[content].flat());
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   return node;
-}
-
-function fillLines(list, lines) {
-  for (const [label, text] of lines) list.append(make("dt", label), make("dd", text));
-}
-
-// A cell is a text, or a text and the address that it links to.
-function fillTable(table, header, rows, sorted = -1, step = 1) {
-  const head = make("tr"), body = [];
-  header.forEach((name, column) => {
-    const cell = make("th"), button = make("button", name);
-    button.onclick = () => {
-      const next = column == sorted ? -step : 1, text = row => [row[column]].flat()[0];
-      const compare = (a, b) => text(a) - text(b) || text(a).localeCompare(text(b));
-      rows.sort((a, b) => next * compare(a, b));
-      fillTable(table, header, rows, column, next);
-      table.rows[0].cells[column].firstElementChild.focus();
-    };
-    if (column == sorted) cell.setAttribute("aria-sort", step > 0 ? "ascending" : "descending");
-    cell.append(button);
-    head.append(cell);
-  });
-  for (const row of rows) {
-    const line = make("tr");
-    for (const cell of row) {
-      line.append(make("td", Array.isArray(cell) ? make("a", cell[0], {href: cell[1]}) : cell));
-    }
-    body.push(line);
-  }
-  table.replaceChildren(head, ...body);
 }
 
 // ---- pictures: sheets of side x side tiles, which are numbered over all sheets ------------------
@@ -1323,24 +1338,22 @@ page.sheets.forEach((url, sheet) =>
   document.styleSheets[0].insertRule(`.sheet${sheet} { background-image: url(${url}) }`));
 
 function makeTile(number, label) {
-  const place = number % side ** 2, percent = 100 / Math.max(side - 1, 1);
+  const index = number % side ** 2, percent = 100 / Math.max(side - 1, 1);
   const sheet = `tile sheet${Math.floor(number / side ** 2)}`;
   const tile = make("span", "", {role: "img", "aria-label": label, class: sheet});
   tile.style.backgroundSize = `${100 * side}%`;
-  tile.style.backgroundPositionX = `${percent * (place % side)}%`;
-  tile.style.backgroundPositionY = `${percent * Math.floor(place / side)}%`;
+  tile.style.backgroundPositionX = `${percent * (index % side)}%`;
+  tile.style.backgroundPositionY = `${percent * Math.floor(index / side)}%`;
   return tile;
 }
 
 // Each figure is the numbers of its tiles and the lines of its caption; 200 are shown at a time.
 function showFigures(box, figures, start = 0) {
   const end = Math.min(start + 200, figures.length);
-  for (const [tiles, lines] of figures.slice(start, end)) {
-    const figure = make("figure"), caption = make("figcaption");
-    for (const line of lines) caption.append(make("div", line));
-    figure.append(...tiles.map(number => makeTile(number, lines[0])), caption);
-    figure.classList.toggle("wide", tiles.length > 1);
-    box.append(figure);
+  for (const [numbers, lines] of figures.slice(start, end)) {
+    const tiles = numbers.map(number => makeTile(number, lines[0]));
+    const caption = make("figcaption", lines.map(line => make("div", line)));
+    box.append(make("figure", [...tiles, caption], {class: tiles.length > 1 ? "wide" : ""}));
   }
   if (end < figures.length) {
     const more = make("button", `${end} of ${figures.length} shown: show more`);
@@ -1349,27 +1362,37 @@ function showFigures(box, figures, start = 0) {
   }
 }
 
-function showSections() {
-  let tile = 0;
-  for (const {title, lines, header, rows, figures} of page.sections) {
-    const section = make("section", make("h2", title)), list = make("dl");
-    fillLines(list, lines);
-    section.append(list);
-    if (header.length) {
-      const table = make("table");
-      fillTable(table, header, rows);
-      section.append(make("div", table, {class: "scroll"}));
-    } else {
-      const box = make("div", "", {class: "figures"}), numbered = [];
-      for (const [count, caption] of figures) {
-        numbered.push([Array.from({length: count}, () => tile++), caption]);
-      }
-      showFigures(box, numbered);
-      section.append(box);
-      section.classList.add("gallery");
-    }
-    find("sections").append(section);
-  }
+// ---- sections -----------------------------------------------------------------------------------
+
+function makeLines(lines) {
+  return lines.flatMap(([label, text]) => [make("dt", label), make("dd", text)]);
+}
+
+// A cell is a text, or a text and the address that it links to.
+function makeTable(header, rows) {
+  const makeCell = ([text, href]) => make("td", href ? make("a", text, {href}) : text);
+  const head = header.map(name => make("th", make("button", name)));
+  const body = rows.map(row => make("tr", row.map(cell => makeCell([cell].flat()))));
+  const table = make("table", [make("tr", head), ...body]);
+  for (const cell of head) cell.firstChild.onclick = () => sortTable(table, cell);
+  return table;
+}
+
+function sortTable(table, head) {
+  const sign = head.getAttribute("aria-sort") == "ascending" ? -1 : 1;
+  const text = row => row.cells[head.cellIndex].textContent;
+  const compare = (a, b) => text(a) - text(b) || text(a).localeCompare(text(b));
+  table.append(...[...table.rows].slice(1).sort((a, b) => sign * compare(a, b)));
+  for (const cell of table.rows[0].cells) cell.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+}
+
+function makeSection({title, lines = [], header = [], rows = [], figures}) {
+  const table = make("div", makeTable(header, rows), {class: "scroll"});
+  const box = make("div", [], {class: "figures"});
+  showFigures(box, figures);
+  const content = [make("h2", title), make("dl", makeLines(lines)), table, box];
+  return make("section", content, {class: header.length ? "" : "gallery"});
 }
 
 // ---- the images that the address asks for: #cell=3,7, #pair=3,7, #class=3, #gained, #lost -------
@@ -1413,12 +1436,10 @@ function showImages() {
 
 // ---- the matrix ---------------------------------------------------------------------------------
 
-const count = classes?.length, labels = count > 30 ? page.groups : classes?.map(name => [name, 1]);
-const longest = Math.max(0, ...(labels ?? []).map(([name]) => name.length));
-const margin = Math.min(150, 7 * longest + 8 * (longest > 0));  // pixels for the names
+const count = classes.length, labels = count > 30 ? groups : classes.map(name => [name, 1]);
+const longest = Math.max(0, ...labels.map(([name]) => name.length));
+const margin = longest ? Math.min(150, 7 * longest + 8) : 0;  // pixels for the names
 const unit = Math.min(36, (count > 100 ? 800 : 700) / count);  // pixels per side
-const place = [];  // of each class
-page.order?.forEach((number, index) => { place[number] = index; });
 
 function drawMatrix() {
   const canvas = find("matrix"), draw = canvas.getContext("2d"), size = margin + count * unit;
@@ -1431,7 +1452,7 @@ function drawMatrix() {
   const text = getComputedStyle(document.body).color, gap = unit > 5 ? 1 : 0;
   for (const [t, p, number] of cells) {
     const x = margin + place[p] * unit, y = margin + place[t] * unit;
-    const share = Math.sqrt(number / page.support[t]);  // so that a few per cent are visible
+    const share = Math.sqrt(number / support[t]);  // so that a few per cent are visible
     draw.fillStyle = `rgb(${t == p ? "40 120 230" : "225 60 30"} / ${0.15 + 0.85 * share})`;
     draw.fillRect(x, y, Math.max(unit - gap, 2), Math.max(unit - gap, 2));
     draw.fillStyle = text;
@@ -1446,7 +1467,7 @@ function drawMatrix() {
     draw.rotate(-Math.PI / 2);
     draw.fillText(name, 0, 0, margin - 6);
     draw.restore();
-    if (page.groups.length) {
+    if (groups.length) {
       draw.fillRect(margin, end - 0.75, count * unit, 0.5);
       draw.fillRect(end - 0.75, margin, 0.5, count * unit);
     }
@@ -1460,8 +1481,8 @@ function cellAt(event) {
   const x = (event.offsetX - margin) / unit - 0.5, y = (event.offsetY - margin) / unit - 0.5;
   const distance = ([t, p]) => Math.max(Math.abs(place[p] - x), Math.abs(place[t] - y));
   let nearest, least = Math.max(0.5, 5 / unit);
-  for (const candidate of cells) {
-    if (distance(candidate) < least) [nearest, least] = [candidate, distance(candidate)];
+  for (const cell of cells) {
+    if (distance(cell) < least) [nearest, least] = [cell, distance(cell)];
   }
   return nearest;
 }
@@ -1471,19 +1492,16 @@ function showEvaluation() {
   drawMatrix();
   matchMedia("(prefers-color-scheme: dark)").onchange = drawMatrix;
   find("matrix").onmousemove = event => {
-    const found = cellAt(event);
-    if (!found) return;
-    const [t, p, number] = found;
-    find("tip").textContent = `${nameCell(t, p)}: ${number} of ${page.support[t]} images`;
+    const cell = cellAt(event);
+    if (!cell) return;
+    const [t, p, number] = cell;
+    find("tip").textContent = `${nameCell(t, p)}: ${number} of ${support[t]} images`;
   };
   find("matrix").onclick = event => {
-    const found = cellAt(event);
-    if (found) location.hash = `cell=${found[0]},${found[1]}`;
+    const cell = cellAt(event);
+    if (cell) location.hash = `cell=${cell[0]},${cell[1]}`;
   };
-  find("links").append(make("a", "mistakes", {href: "#mistakes"}));
-  if (comparison) find("links").append(
-    " · ", make("a", "right only here", {href: "#gained"}),
-    " · ", make("a", "right only in the other", {href: "#lost"}));
+  find("compared").hidden = !comparison;
   showImages();
   window.onhashchange = () => {
     showImages();
@@ -1492,9 +1510,9 @@ function showEvaluation() {
 }
 
 find("title").textContent = document.title = page.title;
-fillLines(find("lines"), page.lines);
-if (classes) showEvaluation();
-showSections();
+find("lines").append(...makeLines(page.lines));
+if (count) showEvaluation();
+find("sections").append(...page.sections.map(makeSection));
 if (page.curves) Object.assign(find("curves"), {src: page.curves, hidden: false});
 """
 
@@ -1507,136 +1525,34 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
 
     pictures.html, in the end, shows the first 1,000.
     """
-    size, whole = classifier.constants["stored_size"] or 32, classifier.constants["whole_pictures"]
-    batches = data.read_pictures(args.images, size, whole, classifier.constants["val_batch_size"])
-    count, classes, figures, total = min(5, len(classifier.classes)), classifier.classes, [], 0
+    constants, classes, table = classifier.constants, classifier.classes, folder / "pictures.csv"
+    size, whole = constants["stored_size"] or 32, constants["whole_pictures"]
+    batches = data.read_pictures(args.images, size, whole, constants["val_batch_size"])
+    count, figures, total = min(5, len(classes)), [], 0
     header = [f"{name}_{i + 1}" for i in range(count) for name in ("class", "probability")]
     with explained_writing(folder):
-        write_csv(folder / "pictures.csv", ["file", *header], [])
+        write_csv(table, [["file", *header]])
     for files, images in batches:
         top = classifier.predict(images).mean(0).softmax(1).topk(count)
-        rows = zip(top.indices.tolist(), top.values.tolist())
-        rows = [[(classes[i], p) for i, p in zip(*row)] for row in rows]
-        with explained_writing(folder), open_csv(folder / "pictures.csv", "a") as table:
-            names = [[file, *chain(*row)] for file, row in zip(files, rows)]
-            csv.writer(table, lineterminator="\n").writerows(names)
-        for file, tile, row in zip(files, shrink(images), rows):
-            lines = [f"{100 * p:6.2f} %  {name}" for name, p in row]
-            print(file, *lines, sep="\n")
+        rows, captions = [], []
+        for file, numbers, shares in zip(files, top.indices.tolist(), top.values.tolist()):
+            named = [(classes[number], share) for number, share in zip(numbers, shares)]
+            rows.append([file, *chain(*named)])
+            lines = [f"{100 * share:6.2f} %  {name}" for name, share in named]
+            captions.append([str(file), *lines])
+        with explained_writing(folder):
+            write_csv(table, rows, "a")
+        for tile, caption in zip(shrink(images), captions):
+            print(*caption, sep="\n")
             if total < 1000:
-                figures.append(([tile], [str(file), *lines]))
+                figures.append(([tile], caption))
             total += 1
     title = f"Pictures as {classifier.path} classifies them"
     shown = [("shown", f"{len(figures):,} of {total:,}")]
-    section = Section("As the network sees them", shown, figures=figures)
+    section = {"title": "As the network sees them", "lines": shown, "figures": figures}
     with writing_into(folder) as new:
         write_page(new / "pictures.html", {"title": title, "lines": []}, [section])
-    utils.say("results", f"{folder / 'pictures.csv'}; open {folder / 'pictures.html'} in a browser")
-
-
-# ---- a model that needs only torch --------------------------------------------------------------
-
-
-class Portable(nn.Module):
-    """A network with its preprocessing: pictures of any size in, class probabilities out."""
-
-    def __init__(
-        self, network: nn.Module, stored_size: int, whole: bool, image_size: int, mode: str
-    ) -> None:
-        """network: what predicts from normalized images. stored_size and whole are as for
-        data.read_picture(), image_size and mode as for data.NormalizeAndResize().
-        """
-        super().__init__()
-        self.network, self.size, self.whole = network, stored_size, whole
-        cpu = torch.device("cpu")
-        self.normalize_and_resize = data.NormalizeAndResize(image_size, cpu, mode)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Probabilities (N, num_classes) of upright RGB pictures uint8 (N, 3, H, W)."""
-        images = self.make_square(pictures) / 255
-        return self.network(self.normalize_and_resize(images)).softmax(1)
-
-    def make_square(self, pictures: Tensor) -> Tensor:
-        """What data.read_picture() does, but for rounding: (N, 3, stored_size, stored_size)."""
-        height, width = (torch.scalar_tensor(length) for length in pictures.shape[2:])
-        side = torch.maximum(height, width) if self.whole else torch.minimum(height, width)
-        columns = self.resample(pictures.shape[3], side)
-        rounded = (pictures.float() @ columns.T).round().clamp(0, 255)  # as Pillow does it
-        return (self.resample(pictures.shape[2], side) @ rounded).round().clamp(0, 255)
-
-    def resample(self, length: int, side: Tensor) -> Tensor:
-        """Weights (size, length) of bicubic interpolation with antialiasing, as Pillow's.
-
-        side: how many of the pixels become self.size; fewer than length are those in the middle,
-        more are all, with black beside them. Keys 1981, "Cubic convolution interpolation".
-        """
-        size, pixels = self.size, torch.scalar_tensor(length)
-        count = torch.minimum(pixels / side * size, torch.scalar_tensor(size)).round()
-        extent = torch.minimum(side, pixels)
-        scale, start = extent / count, (pixels - extent) / 2
-        place = torch.arange(size) - ((size - count) / 2).round()
-        centers = start + (place + 0.5) * scale
-        distance = (torch.arange(length) + 0.5 - centers[:, None]).abs() / scale.clamp(min=1)
-        near = (1.5 * distance - 2.5) * distance**2 + 1
-        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
-        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
-        inside = ((0 <= place) & (place < count))[:, None]
-        return torch.where(inside, weights / weights.sum(1, keepdim=True), 0)
-
-
-def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
-    """Writes a Portable into one file, once that has predicted what the evaluation did.
-
-    images: uint8 (N, 3, S, S), with the probabilities (N, num_classes) of the evaluation. path: its
-    suffix .onnx asks for ONNX. Raises UserError if predictions differ by more than rounding.
-    """
-    constants, names = classifier.constants, ("whole_pictures", "image_size", "interpolation")
-    preprocessing = [constants["stored_size"] or images.shape[-1], *(constants[x] for x in names)]
-    network = copy.deepcopy(classifier.model).to("cpu", memory_format=torch.contiguous_format)
-    portable = Portable(network, *preprocessing).eval()
-    sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-            file = Path(scratch, f"model{'.onnx' if path.suffix == '.onnx' else '.pt2'}")
-            program = torch.export.export(portable, (example,), dynamic_shapes=(sizes,))
-            predict = write_program(program, json.dumps(classifier.classes), file)
-            batches = images.cpu().split(constants["val_batch_size"])
-            bar = tqdm(batches, "check", unit="batch", leave=False, disable=not utils.is_first())
-            with torch.inference_mode():
-                exported = torch.cat([predict(batch) for batch in bar])
-            difference = (exported - probabilities).abs().max().item()
-            equal = (exported.argmax(1) == probabilities.argmax(1)).sum()
-            exact = classifier.dtype == torch.float32 and classifier.device.type == "cpu"
-            if not difference <= (1e-4 if exact else 0.1):  # a GPU computes float32 in TF32
-                raise utils.UserError(
-                    f"{path} is not written: its probabilities differ by up to {difference:.3g} "
-                    "from those of the evaluation, more than rounding explains"
-                )
-            file.replace(path)
-    except OSError as error:
-        raise utils.UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    counts = f"{equal:,} of {len(images):,} images are classified as above"
-    utils.say("export", f"{path}: {counts}, probabilities differ by up to {difference:.2g}")
-
-
-def write_program(program: ExportedProgram, classes: str, file: Path) -> Callable:
-    """Writes program and class names (JSON); returns what predicts with the file's content."""
-    if file.suffix == ".pt2":
-        torch.export.save(program, file, extra_files={"classes.json": classes})
-        return torch.export.load(file).module()
-    try:
-        import onnxruntime
-
-        exported = torch.onnx.export(program, verbose=False)
-    except ImportError as error:
-        raise utils.UserError(
-            f"ONNX needs the packages onnxscript and onnxruntime ({error}). Install them, or give "
-            "--export a name without .onnx: that needs torch alone"
-        ) from error
-    exported.model.metadata_props["classes.json"] = classes
-    exported.save(file)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda pictures: torch.from_numpy(session.run(None, {"pictures": pictures.numpy()})[0])
+    utils.say("results", f"{table}; open {folder / 'pictures.html'} in a browser")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""ResNet-50 with a small head for fine-tuning, its weights, and its predictions."""
+"""ResNet-50 with a small head for fine-tuning, its weights, and its predictions; a model to use elsewhere."""
 
 import inspect
+import json
+import tempfile
 import zlib
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 from torchvision.models import get_model, get_model_weights, list_models
@@ -305,3 +308,110 @@ def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train(module.weight.requires_grad and not freeze_batch_norm)
+
+
+# ---- a model that needs only torch --------------------------------------------------------------
+
+
+class Portable(nn.Module):
+    """A network with its preprocessing: pictures of any size in, class probabilities out."""
+
+    def __init__(
+        self, network: nn.Module, stored_size: int, whole: bool, normalize_and_resize: Callable
+    ) -> None:
+        """network: what predicts from what normalize_and_resize, a data.NormalizeAndResize on the
+        CPU, returns. stored_size and whole are as for data.read_picture().
+        """
+        super().__init__()
+        self.network, self.size, self.whole = network, stored_size, whole
+        self.normalize_and_resize = normalize_and_resize
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Probabilities (N, num_classes) of upright RGB pictures uint8 (N, 3, H, W)."""
+        images = self.make_square(pictures) / 255
+        return self.network(self.normalize_and_resize(images)).softmax(1)
+
+    def make_square(self, pictures: Tensor) -> Tensor:
+        """What data.read_picture() does, but for rounding: (N, 3, stored_size, stored_size)."""
+        height, width = pictures.shape[2:]
+        sides = torch.scalar_tensor(height), torch.scalar_tensor(width)
+        side = torch.maximum(*sides) if self.whole else torch.minimum(*sides)
+        columns, rows = self.resample(width, side), self.resample(height, side)
+        rounded = (pictures.float() @ columns.T).round().clamp(0, 255)  # as Pillow does it
+        return (rows @ rounded).round().clamp(0, 255)
+
+    def resample(self, length: int, side: Tensor) -> Tensor:
+        """Weights (size, length) of bicubic interpolation with antialiasing, as Pillow's.
+
+        side: how many of the pixels become self.size; fewer than length are those in the middle,
+        more are all, with black beside them. Keys 1981, "Cubic convolution interpolation".
+        """
+        size, pixels = self.size, torch.scalar_tensor(length)
+        count = torch.minimum(pixels / side * size, torch.scalar_tensor(size)).round()
+        extent = torch.minimum(side, pixels)
+        scale, start = extent / count, (pixels - extent) / 2
+        place = torch.arange(size) - ((size - count) / 2).round()
+        centers = start + (place + 0.5) * scale
+        distance = (torch.arange(length) + 0.5 - centers[:, None]).abs() / scale.clamp(min=1)
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+        inside = ((0 <= place) & (place < count))[:, None]
+        return torch.where(inside, weights / weights.sum(1, keepdim=True), 0)
+
+
+def export(
+    portable: Portable,
+    classes: list[str],
+    batches: Sequence[Tensor],
+    probabilities: Tensor,
+    path: Path,
+    tolerance: float,
+) -> None:
+    """Writes a Portable into one file, once that has predicted what an evaluation did.
+
+    batches: uint8 (B, 3, S, S), with the probabilities (N, num_classes) of the evaluation. path:
+    its suffix .onnx asks for ONNX. Raises UserError if predictions differ by more than tolerance.
+    """
+    sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
+    suffix = ".onnx" if path.suffix == ".onnx" else ".pt2"
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
+            file = Path(scratch, f"model{suffix}")
+            program = torch.export.export(portable.eval(), (example,), dynamic_shapes=(sizes,))
+            predict = write_program(program, json.dumps(classes), file)
+            with torch.inference_mode():
+                bar = tqdm(batches, "check", unit="batch", leave=False)
+                exported = torch.cat([predict(batch) for batch in bar])
+            difference = (exported - probabilities).abs().max().item()
+            if not difference <= tolerance:
+                raise utils.UserError(
+                    f"{path} is not written: its probabilities differ by up to {difference:.3g} "
+                    "from those of the evaluation, more than rounding explains"
+                )
+            file.replace(path)
+    except OSError as error:
+        raise utils.UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    equal = (exported.argmax(1) == probabilities.argmax(1)).sum()
+    counts = f"{equal:,} of {len(exported):,} images are classified as above"
+    utils.say("export", f"{path}: {counts}, probabilities differ by up to {difference:.2g}")
+
+
+def write_program(program: ExportedProgram, classes: str, file: Path) -> Callable:
+    """Writes program and class names (JSON); returns what predicts with the file's content."""
+    if file.suffix == ".pt2":
+        torch.export.save(program, file, extra_files={"classes.json": classes})
+        return torch.export.load(file).module()
+    try:
+        import onnxruntime
+
+        exported = torch.onnx.export(program, verbose=False)
+    except ImportError as error:
+        raise utils.UserError(
+            f"ONNX needs the packages onnxscript and onnxruntime ({error}). Install them, or give "
+            "--export a name without .onnx: that needs torch alone"
+        ) from error
+    exported.model.metadata_props["classes.json"] = classes
+    exported.save(file)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return lambda pictures: torch.from_numpy(session.run(None, {"pictures": pictures.numpy()})[0])

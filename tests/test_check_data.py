@@ -237,12 +237,12 @@ def test_wrong_labels_of_digits_come_first_whatever_the_seed():
     assert torch.equal(resnet.predict_out_of_fold(features, labels, 10), probabilities)
     named = digits._replace(labels=labels).named()
     rows = evaluate.list_suspects("training", named, probabilities, list("0123456789"), 0.1)
-    wrong = [int(row.values[1]) % 50 == 0 for row in rows]
+    wrong = [int(values[1]) % 50 == 0 for values, _ in rows]
     assert sum(wrong) >= 7 and len(wrong) <= 12
-    _, name, label, likelier, own, best = rows[0].values
+    (_, name, label, likelier, own, best), pictures = rows[0]
     assert label == str(labels[int(name)].item()) != likelier
     assert own == probabilities[int(name), int(label)].item() < 0.1 < best
-    assert torch.equal(rows[0].pictures[0], digits.images[int(name)])
+    assert torch.equal(pictures[0], digits.images[int(name)])
 
 
 def test_a_label_is_suspect_relative_to_its_class_and_if_another_class_is_confident():
@@ -258,7 +258,7 @@ def test_a_label_is_suspect_relative_to_its_class_and_if_another_class_is_confid
     ])  # fmt: skip
     split = data.Split(torch.zeros(7, 3, 2, 2), torch.tensor([0, 0, 1, 1, 2, 2, 2])).named()
     rows = evaluate.list_suspects("test", split, probabilities, ["a", "b", "c"])
-    assert [row.values[:4] for row in rows] == [["test", "6", "c", "a"]]
+    assert [values[:4] for values, _ in rows] == [["test", "6", "c", "a"]]
     unsure = probabilities.clone()
     unsure[6] = torch.tensor([0.55, 0.2999, 0.0001])  # neither a nor b reaches its mean
     assert not evaluate.list_suspects("test", split, unsure, ["a", "b", "c"])
@@ -450,18 +450,18 @@ def test_pictures_beside_the_rows_are_those_of_the_names(classifier):
     probabilities = torch.eye(10)[test.labels - 1]  # that of the label is 0
     check = evaluate.check_data(classifier, trained, test, probabilities)
     assert check.facts["images_trained_on"] == 40 and len(check.pairs) == 6
-    for row in check.pairs:
-        assert torch.equal(row.pictures[0], test.images[int(row.values[0])])
-        assert torch.equal(row.pictures[1], trained.images[int(row.values[1]) - 100])
+    for values, pictures in check.pairs:
+        assert torch.equal(pictures[0], test.images[int(values[0])])
+        assert torch.equal(pictures[1], trained.images[int(values[1]) - 100])
     pairs, _, suspects = evaluate.list_galleries(check, [])
-    assert [len(pictures) for pictures, _ in pairs.figures] == [2] * 6
-    for (_, caption), row in zip(pairs.figures, check.pairs):
-        verdict = "a copy" if row.values[2] > 0.75 else "no copy"
-        assert caption[0] == f"similarity {row.values[2]:.3f}, {verdict}"
+    assert [len(pictures) for pictures, _ in pairs["figures"]] == [2] * 6
+    for (_, caption), (values, _) in zip(pairs["figures"], check.pairs):
+        verdict = "a copy" if values[2] > 0.75 else "no copy"
+        assert caption[0] == f"similarity {values[2]:.3f}, {verdict}"
     check.facts["undecided"] = True
     undecided, *_ = evaluate.list_galleries(check, [])
-    assert undecided.figures[0][1][0] == f"similarity {check.pairs[0].values[2]:.3f}"
-    assert all(pictures[0].shape == (3, 32, 32) for pictures, _ in suspects.figures)
+    assert undecided["figures"][0][1][0] == f"similarity {check.pairs[0][0][2]:.3f}"
+    assert all(pictures[0].shape == (3, 32, 32) for pictures, _ in suspects["figures"])
 
 
 def test_features_are_those_of_the_weights_that_training_began_with(classifier, tmp_path, capsys):

@@ -27,6 +27,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import evaluate
+import model as resnet
 import train
 import utils
 
@@ -243,7 +244,8 @@ def test_onnx_model_predicts_the_same_in_another_runtime(classifier, capsys):
     (names,) = session.get_modelmeta().custom_metadata_map.items()
     assert names == ("classes.json", json.dumps(data.CLASSES))
     photo = np.random.default_rng(0).integers(0, 256, (1, 3, 301, 400), np.uint8)
-    portable = evaluate.Portable(classifier.model, 32, False, 32, "bilinear").eval()
+    resize = data.NormalizeAndResize(32, torch.device("cpu"))
+    portable = resnet.Portable(classifier.model, 32, False, resize).eval()
     (probabilities,) = session.run(None, {"pictures": photo})
     torch.testing.assert_close(torch.from_numpy(probabilities), portable(torch.from_numpy(photo)))
 
@@ -264,7 +266,7 @@ def test_export_without_packages_or_with_other_predictions_is_one_message_and_no
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_exported_preprocessing_is_that_of_training_but_for_rounding(whole, tmp_path):
-    portable = evaluate.Portable(nn.Identity(), 32, whole, 48, "bilinear")
+    portable = resnet.Portable(nn.Identity(), 32, whole, nn.Identity())
     for shape in ((32, 32), (400, 300), (20, 90), (1, 1), (33, 2000), (301, 400), (3, 5)):
         noise = torch.rand(1, 3, *(-(-side // 3) for side in shape)) * 255
         picture = F.interpolate(noise, shape, mode="bilinear").byte()

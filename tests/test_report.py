@@ -51,11 +51,11 @@ def page(tmp_path_factory) -> Path:
     """With two copies and a suspect label."""
     facts = {"copies": 1, "undecided": False, "threshold": 0.75}
     pairs = [
-        evaluate.Row([f"val/{i}.png", f"train/{i}.png", 0.9 - i / 4, "cat", "dog", False], [x, y])
+        ([f"val/{i}.png", f"train/{i}.png", 0.9 - i / 4, "cat", "dog", False], [x, y])
         for i, (x, y) in enumerate([(IMAGES[7], IMAGES[6]), (IMAGES[5], IMAGES[4])])
     ]
     suspect = ["training", "train/9.png", "cat", "fox", 0.001, 0.9]
-    check = evaluate.DataCheck(facts, None, pairs, [evaluate.Row(suspect, [IMAGES[3]])])
+    check = evaluate.DataCheck(facts, None, pairs, [(suspect, [IMAGES[3]])])
     names = [f"val/{i}.jpg" for i in range(8)]
     return write(tmp_path_factory.mktemp("page"), ["cat", "dog", "fox"], names, check)
 
