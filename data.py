@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -289,22 +290,17 @@ def compute_checksums(split: Split) -> Sequence[int]:
 # ---- CIFAR-100 and digits -----------------------------------------------------------------------
 
 
-class OfficialFiles(CIFAR100):
-    """CIFAR-100 from the folder that holds the files themselves."""
-
-    base_folder = ""
-
-
 def read_cifar100(data_dir: str, part: str) -> tuple[Split, list[str]]:
     """CIFAR-100 from DATA_DIR: 50,000 images for "train", else 10,000. Raises DataError."""
-    folder = find_cifar100(data_dir)
-    files = list_official_files(folder)
+    files = find_official_files(data_dir)
     if not all(path.exists() for path in files):
         raise DataError(f"CIFAR-100 is not in {data_dir}. Train first, or see --data-dir")
-    refuse_damaged(files)  # torchvision checks too, but does not name the file
-    official = OfficialFiles(folder, train=part == "train")
-    images = torch.from_numpy(official.data).permute(0, 3, 1, 2)
-    return Split(images, torch.tensor(official.targets)), CLASSES
+    refuse_damaged(files)  # before they are unpickled, which can run what they hold
+    train_file, test_file, _ = files  # the third is meta
+    with open(train_file if part == "train" else test_file, "rb") as file:
+        official = pickle.load(file, encoding="latin1")
+    images = torch.from_numpy(official["data"]).view(-1, 3, 32, 32)
+    return Split(images, torch.tensor(official["fine_labels"])), CLASSES
 
 
 def fetch_cifar100(data_dir: str) -> None:
@@ -312,7 +308,7 @@ def fetch_cifar100(data_dir: str) -> None:
 
     The official archive in DATA_DIR is unpacked instead, if it is there.
     """
-    files = list_official_files(find_cifar100(data_dir))
+    files = find_official_files(data_dir)
     archive = Path(data_dir, CIFAR100.filename)
     if all(path.exists() for path in files):
         return
@@ -354,17 +350,14 @@ def download_cifar100(archive: Path, scratch: Path, data_dir: str) -> None:
     )
 
 
-def find_cifar100(data_dir: str) -> Path:
-    """The folder of the official files: DATA_DIR itself if it holds them, else one within it."""
-    if all(path.is_file() for path in list_official_files(Path(data_dir))):
-        return Path(data_dir)
-    return Path(data_dir, CIFAR100.base_folder)
-
-
-def list_official_files(folder: Path) -> dict[Path, str]:
-    """The official files with their md5."""
-    meta = (CIFAR100.meta["filename"], CIFAR100.meta["md5"])
-    return {folder / name: md5 for name, md5 in (*CIFAR100.train_list, *CIFAR100.test_list, meta)}
+def find_official_files(data_dir: str) -> dict[Path, str]:
+    """The files train, test and meta with their md5, in DATA_DIR if all are there, or below it."""
+    meta = CIFAR100.meta["filename"], CIFAR100.meta["md5"]
+    sums = dict([*CIFAR100.train_list, *CIFAR100.test_list, meta])
+    folder = Path(data_dir)
+    if not all((folder / name).is_file() for name in sums):
+        folder = folder / CIFAR100.base_folder
+    return {folder / name: md5 for name, md5 in sums.items()}
 
 
 def refuse_damaged(files: dict[Path, str]) -> None:
