@@ -425,35 +425,27 @@ def read_folder(
     processes that do share its memory. It is made again if a picture's name, size or time has
     changed, or if the file itself was. What cannot be decoded is named on stderr. Raises DataError.
     """
-    paths, labels, classes = list_pictures(folder, classes, quiet)
-    names = [path.relative_to(folder.parent).as_posix() for path in paths]
-    sources = []
-    for name, path in zip(names, paths):
-        try:
-            about = path.stat()
-        except OSError as error:
-            _refuse(error)
-        sources.append((name, about.st_size, about.st_mtime_ns))
+    files, labels, classes = list_pictures(folder, classes, quiet)
+    names = [file.relative_to(folder.parent).as_posix() for file in files]
+    try:
+        sources = [(name, *when_written(file)) for name, file in zip(names, files)]
+    except OSError as error:
+        _refuse(error)
     size, whole = settings.stored_size or 32, settings.whole_pictures
-    prefix = f"{folder.parent.name}-{folder.name}-{size}px-{_hash(str(folder.resolve()), whole)}"
+    origin = _hash(str(folder.resolve()), whole)
     version = _hash(READER, PIL.__version__, sources)
-    path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
-    shape = len(paths), 3, size, size
+    name = f"{folder.parent.name}-{folder.name}-{size}px-{origin}-{version}.bin"
+    path = Path(settings.data_dir, "decoded", name)
+    shape = len(files), 3, size, size
     decoded = map_decoded(path, shape)
-    if not decoded:
-        decode_into(path, paths, shape, whole, quiet)
-        for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
-            if outdated.stem != path.stem:
-                with suppress(OSError):  # another user's, or in use on Windows
-                    outdated.unlink()
-        decoded = map_decoded(path, shape)
-        if not decoded:
-            raise DataError(f"{path} was removed while it was made. Start again")
-    images, checksums, skipped = decoded
+    if decoded is None:
+        decoded = decode_into(path, files, shape, whole, quiet)
+    images, checksums, errors = decoded
     if not quiet:
-        for index, reason in skipped.items():
-            print(f"skipped  {paths[index]}: {reason}", file=sys.stderr)
-        count = len(paths) - len(skipped)
+        for file, error in zip(files, errors):
+            if error:
+                print(f"skipped  {file}: {error}", file=sys.stderr)
+        count = errors.count("")
         print(f"decoded  {path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
     return Split(images, labels, names, None, checksums), classes
 
@@ -476,7 +468,7 @@ def list_pictures(
         raise DataError(
             f"{folder} has 1 class, {names[0]}. Expected at least 2, each in its own sub-folder"
         )
-    paths, labels, ignored = [], [], Counter()
+    files, labels, ignored = [], [], []
     # Accents are stored in one of two ways: macOS and Linux, so train/ and val/, may differ.
     numbers = {normalize("NFC", name): label for label, name in enumerate(classes or names)}
     for name in names:
@@ -488,25 +480,25 @@ def list_pictures(
                 f"similar is {nearest!r}: rename the sub-folder, or remove it"
             )
         pictures, others = find_pictures(folder / name)
-        kinds = Counter(path.suffix or "without an ending" for path in others)
         if not (pictures or classes):
-            raise DataError(f"{folder / name} has no picture{describe_kinds(kinds)}")
-        paths += pictures
+            raise DataError(f"{folder / name} has no picture{count_endings(others)}")
+        files += pictures
         labels += [label] * len(pictures)
-        ignored.update(kinds)
-    if not paths:
-        raise DataError(f"{folder} has no picture{describe_kinds(ignored)}")
+        ignored += others
+    if not files:
+        raise DataError(f"{folder} has no picture{count_endings(ignored)}")
     if ignored and not quiet:
-        print(f"ignored  {folder}{describe_kinds(ignored)}", file=sys.stderr)
-    return paths, torch.tensor(labels), list(classes or names)
+        print(f"ignored  {folder}{count_endings(ignored)}", file=sys.stderr)
+    return files, torch.tensor(labels), list(classes or names)
 
 
-def describe_kinds(kinds: Counter) -> str:
-    """How many files of which endings are no pictures, to follow the name of their folder."""
-    if not kinds:
+def count_endings(others: list[Path]) -> str:
+    """How many files of which endings are not pictures, to follow the name of their folder."""
+    if not others:
         return ""
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    heif = {kind.lower() for kind in kinds} & {".heic", ".heif"}
+    endings = Counter(path.suffix or "without an ending" for path in others)
+    counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+    heif = any(ending.lower() in (".heic", ".heif") for ending in endings)
     advice = ". With the package pillow-heif, .heic can be read" if heif else ""
     return f": files that are not pictures: {counts}{advice}"
 
@@ -522,10 +514,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder that Pillow can read, sorted, and the others. Raises DataError.
-
-    It goes by a file's ending, and by its content if the ending tells nothing.
-    """
+    """The files in a folder that Pillow can read, sorted, and the others. Raises DataError."""
     pictures, others, seen = [], [], set()
     for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(root)
@@ -533,14 +522,17 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(x for x in folders if not hidden(x))
-        for path in [Path(root, x) for x in sorted(names) if not hidden(x)]:
-            (pictures if is_picture(path) else others).append(path)
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for path in [Path(root, name) for name in sorted(names) if not hidden(name)]:
+            if is_picture(path):
+                pictures.append(path)
+            else:
+                others.append(path)
     return pictures, others
 
 
 def is_picture(path: Path) -> bool:
-    """Whether Pillow reads such files."""
+    """Whether Pillow reads such files: by the ending, or by the content if that tells nothing."""
     if not path.is_file():  # reading a pipe would wait for ever
         return False
     if Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
@@ -561,30 +553,32 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
-def map_decoded(
-    path: Path, shape: tuple[int, ...]
-) -> tuple[Tensor, list[int], dict[int, str]] | None:
-    """Pictures of a file that decode_into() made, their checksums, and what could not be decoded.
+def map_decoded(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int], list[str]] | None:
+    """What decode_into() returned, from the files that it made.
 
-    None if the file is missing, or not as it was written: its size and the time of its last change
-    tell, because reading it all at every start would take minutes for 100 GB. A disk that changes
-    bits by itself is not noticed.
+    None if one is missing, or not as it was written: the size of the pictures' file and the time of
+    its last change tell, because reading it all at every start would take minutes for 100 GB. A
+    disk that changes bits by itself is not noticed.
     """
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
         if facts.pop("hash") != _hash(facts) or facts["written"] != when_written(path):
             return None
-        skipped = {int(index): reason for index, reason in facts["skipped"].items()}
-        images = np.memmap(path, np.uint8, "r", shape=shape)
+        return map_images(path, shape), facts["checksums"], facts["errors"]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be mapped: {error.strerror or error}") from error
     except Exception:  # noqa: BLE001, a damaged file can hold anything
         return None
+
+
+def map_images(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of a file, mapped: they cannot be written to."""
+    images = np.memmap(path, np.uint8, "r", shape=shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to
-        return torch.from_numpy(images), facts["checksums"], skipped
+        warnings.simplefilter("ignore")  # about that
+        return torch.from_numpy(images)
 
 
 def when_written(path: Path) -> list[int]:
@@ -595,34 +589,45 @@ def when_written(path: Path) -> list[int]:
 
 def decode_into(
     path: Path, files: list[Path], shape: tuple[int, ...], whole: bool, quiet: bool
-) -> None:
+) -> tuple[Tensor, list[int], list[str]]:
     """Decodes pictures into a file, with another beside it, .json, that describes it.
 
-    Either both files are there in the end or DataError was raised. Memory does not grow with the
-    number of pictures.
+    Returns the images, mapped, and the checksums and errors of decode(). Either both files are
+    there in the end or DataError was raised. Memory does not grow with the number of pictures.
     """
     try:
         with scratch_folder(path.parent, "decoding") as scratch:
-            if map_decoded(path, shape):  # another process has made it
-                return
-            new, about = scratch / path.name, scratch / path.with_suffix(".json").name
-            images, checksums = reserve(new, shape), [-1] * len(files)
-            errors = decode(files, images, whole, quiet, checksums)
-            unreadable = [error for error in errors if error.startswith("[Errno")]
-            if unreadable or all(errors):  # what the system refuses now it may allow later
-                raise DataError(f"No picture: {(unreadable or errors)[0]}")
+            decoded = map_decoded(path, shape)
+            if decoded is not None:  # another process has made it
+                return decoded
+            new = scratch / path.name
+            images = reserve(new, shape)
+            checksums, errors = decode(files, images, whole, quiet)
+            refused = [error for error in errors if error.startswith("[Errno")]
+            if refused or all(errors):  # what the system refuses now it may allow later
+                raise DataError(f"No picture: {(refused or errors)[0]}")
             images.flush()
             del images  # Windows renames no file that is mapped
-            skipped = {str(index): error for index, error in enumerate(errors) if error}
-            facts = {"checksums": checksums, "skipped": skipped, "written": when_written(new)}
-            about.write_text(json.dumps(facts | {"hash": _hash(facts)}))
+            facts = {"checksums": checksums, "errors": errors, "written": when_written(new)}
+            facts["hash"] = _hash(facts)
+            new.with_suffix(".json").write_text(json.dumps(facts))
+            remove_outdated(path)
             new.replace(path)
-            about.replace(path.with_suffix(".json"))
+            new.with_suffix(".json").replace(path.with_suffix(".json"))
+            return map_images(path, shape), checksums, errors
     except OSError as error:
         raise DataError(
             f"Decoded pictures cannot be stored in {path.parent}: {error.strerror or error}. "
             "See --data-dir"
         ) from error
+
+
+def remove_outdated(path: Path) -> None:
+    """Removes what was decoded from the same folder when it had other pictures."""
+    origin, _, _ = path.name.rpartition("-")
+    for outdated in path.parent.glob(f"{glob.escape(origin)}-*"):
+        with suppress(OSError):  # another user's, or in use on Windows
+            outdated.unlink()
 
 
 @contextmanager
@@ -659,45 +664,42 @@ def lock(descriptor: int, folder: Path) -> bool:
 def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A new file of bytes, mapped; a full disk raises OSError here, not a signal later."""
     with open(path, "wb") as file:
+        file.truncate(math.prod(shape))
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-    return np.memmap(path, np.uint8, "r+" if path.stat().st_size else "w+", shape=shape)
+    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
 def decode(
-    files: list[Path],
-    images: np.ndarray,
-    whole: bool,
-    quiet: bool,
-    checksums: list[int] | None = None,
-) -> list[str]:
-    """Fills images uint8 (N, 3, size, size) and, if given, checksums (N,) with their crc32.
+    files: list[Path], images: np.ndarray, whole: bool, quiet: bool
+) -> tuple[list[int], list[str]]:
+    """Fills images uint8 (N, 3, size, size) with pictures.
 
-    Returns why a picture could not be decoded, or "".
+    Returns the crc32 of each, -1 if it cannot be decoded, and why it cannot, "" if it can.
     """
 
-    def read(index: int) -> str:
+    def read(index: int) -> tuple[int, str]:
         try:
             if files[index].exists() and not files[index].is_file():
-                return "not a file"  # reading a pipe would wait for ever
+                return -1, "not a file"  # reading a pipe would wait for ever
             images[index] = read_picture(files[index], images.shape[-1], whole)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            return str(error) or type(error).__name__
-        if checksums is not None:
-            checksums[index] = zlib.crc32(images[index])
-        return ""
+            return -1, str(error) or type(error).__name__
+        return zlib.crc32(images[index]), ""
 
-    errors = []
+    checksums, errors = [], []
     bar = tqdm(total=len(files), desc="decode", unit="picture", leave=False, disable=quiet)
     # One thread per core, because Pillow lets threads decode at the same time.
     with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(files), 1024):  # all at once would take memory for each
-            for error in threads.map(read, range(start, min(start + 1024, len(files)))):
+            part = range(start, min(start + 1024, len(files)))
+            for checksum, error in threads.map(read, part):
+                checksums.append(checksum)
                 errors.append(error)
                 bar.update()
-    return errors
+    return checksums, errors
 
 
 def _hash(*values: object) -> str:
@@ -787,18 +789,23 @@ def read_pictures(
     """
     files, found = [], False
     for path in map(Path, paths):
-        pictures, others = find_pictures(path) if path.is_dir() else ([path], [])
+        if not path.is_dir():
+            files.append(path)
+            continue
+        pictures, others = find_pictures(path)
         files += pictures
         for other in others:
             print(f"skipped  {other}: not a picture", file=sys.stderr)
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         images = np.empty((len(batch), 3, size, size), np.uint8)
-        errors = decode(batch, images, whole, quiet=True)
-        for file, error in zip(batch, errors):
+        _, errors = decode(batch, images, whole, quiet=True)
+        good = []
+        for index, error in enumerate(errors):
             if error:
-                print(f"skipped  {file}: {error}", file=sys.stderr)
-        good = [index for index, error in enumerate(errors) if not error]
+                print(f"skipped  {batch[index]}: {error}", file=sys.stderr)
+            else:
+                good.append(index)
         if good:
             found = True
             yield [batch[index] for index in good], torch.from_numpy(images[good])
