@@ -724,16 +724,6 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0]
 
 
-# How to turn a picture upright, by its EXIF orientation
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 MAX_PIXELS = 178_956_970  # beyond twice MAX_IMAGE_PIXELS, Pillow refuses a picture
 Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() counts after it
 
@@ -741,10 +731,7 @@ Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() c
 def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
     """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized.
 
-    whole: it is padded with black to a square, not cropped. What is transparent becomes white. Gray
-    values of more than 8 bits, which convert("RGB") would clip, are divided by the largest that
-    their number of bits allows, 8, 10, 12, 14, 16 or 32, fractions by 1; that number is the least
-    that holds them.
+    whole: it is padded with black to a square, not cropped. What is transparent becomes white.
     """
     with Image.open(path) as image:
         pixels = f"{image.width:,} x {image.height:,} pixels"
@@ -752,15 +739,9 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{pixels} are more than {MAX_PIXELS:,}. Make it smaller")
         image.load()
-        turn = TURNS.get(read_orientation(image))
-        if turn is not None:
-            image = image.transpose(turn)
+        turn_upright(image)
         if image.mode[0] in "IF":
-            values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-            most = [1] if image.mode == "F" else []
-            most += [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
-            top = next((x for x in most if values.max() <= x), values.max())
-            image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+            image = to_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -768,15 +749,27 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
         return pil_to_tensor(fit(image.convert("RGB"), (size, size)))
 
 
-def read_orientation(image: Image.Image) -> int | None:
-    """The orientation in a picture's EXIF data, if it has any that can be read.
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray values of more than 8 bits, which convert("RGB") would clip, or fractions, in 8 bits.
 
-    Not by ImageOps.exif_transpose(), which writes all of the data again and fails on a wrong field.
+    White is the largest value of 8, 10, 12, 14, 16 or 32 bits, or 1 where there are fractions: the
+    least of these that no pixel exceeds.
     """
+    values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+    limits = [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
+    if image.mode == "F":
+        limits.append(1)
+    white = min([x for x in limits if values.max() <= x], default=values.max())
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turns a loaded picture as its EXIF data has it, whatever else is wrong with the data."""
     try:
-        return image.getexif().get(0x0112)
-    except Exception:  # noqa: BLE001, its type depends on what is wrong with the data
-        return None
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # it is turned before its data is written again
+        if isinstance(error, MemoryError):
+            raise
 
 
 def read_pictures(

@@ -198,7 +198,7 @@ FAULTS = [
     ("data.py", "            outdated.unlink()", "            pass", FOLDER),
     ("data.py", "2 * size <= free_memory", "size <= free_memory", FOLDER),
     ("data.py", "ImageOps.pad if whole else ImageOps.fit", "ImageOps.fit", FOLDER),
-    ("data.py", "image = image.transpose(turn)", "pass", FOLDER),
+    ("data.py", "ImageOps.exif_transpose(image, in_place=True)", "pass", FOLDER),
     ("data.py", "if -1 not in split.checksums:", "if True:", FOLDER),
     # a model that needs only torch
     ("evaluate.py", "difference <= (1e-4 if", "difference <= (1e4 if", CIFAR),
