@@ -56,6 +56,8 @@ try:
 except ImportError:  # the pictures of many phones, .heic, are then counted and named, not read
     pass
 
+BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
+
 # Tried in this order: a byte-identical mirror, then the official host, which since June 2026 serves
 # about 60 kB/s. torchvision's md5 of the archive is enforced, so a mirror need not be trusted.
 URLS = (
@@ -95,9 +97,6 @@ SUPERCLASSES = {
     "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 }
 CLASSES = sorted(sum(SUPERCLASSES.values(), ()))  # label i means CLASSES[i]
-
-
-BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
 
 
 def superclass_order() -> list[int]:
@@ -160,12 +159,9 @@ class Split(NamedTuple):
         size = self.stored.shape[1:]
         if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
             return split
-        if self.rows is None:
-            return split._replace(stored=self.stored.to(device))
-        placed = torch.empty((len(self.rows), *size), dtype=torch.uint8, device=device)
-        for start in range(0, len(self.rows), 1024):
-            part = slice(start, start + 1024)
-            placed[part] = self.stored[self.rows[part]].to(device)
+        placed = torch.empty((len(self.labels), *size), dtype=torch.uint8, device=device)
+        for part, rows in zip(placed.split(1024), self.numbers().split(1024)):
+            part.copy_(self.stored[rows])
         return split._replace(stored=placed, rows=None)
 
 
@@ -228,9 +224,35 @@ def split_images(images: Split, classes: list[str], settings: Namespace) -> tupl
             f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
             f"than --holdout-per-class {settings.holdout_per_class}"
         )
-    limits = settings.holdout_per_class, settings.train_per_class
-    train, holdout = split_per_class(images.labels, *limits)
+    train, holdout = split_per_class(
+        images.labels, settings.holdout_per_class, settings.train_per_class
+    )
     return images.select(train), images.select(holdout)
+
+
+def split_per_class(
+    labels: Tensor, holdout_per_class: int, train_per_class: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of a stratified hold-out: the same in every run.
+
+    train_per_class limits the training images per class; 0 takes all but the hold-out.
+    """
+    holdout, train = draw_per_class(labels, holdout_per_class)
+    if train_per_class:
+        few, _ = draw_per_class(labels[train], train_per_class)
+        train = train[few]
+    return train, holdout
+
+
+def draw_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices of count random images per class, all of a smaller one, and of the others."""
+    # Not the run's SEED: runs with different seeds must share their hold-out.
+    rng = np.random.default_rng(100)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = np.flatnonzero(labels.numpy() == label.item())
+        drawn[rng.permutation(members)[:count]] = True
+    return drawn.nonzero().flatten(), (~drawn).nonzero().flatten()
 
 
 def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
@@ -263,21 +285,30 @@ def find_test_part(dataset: str) -> str:
 def identify(settings: Namespace, split: Split) -> str:
     """The name of a built-in data set; for pictures of a folder, their number and checksum.
 
-    The checksum is the crc32 of the labels, followed by all pixels. It is computed from the crc32
-    of each picture, so that no pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f
-    depends on the length of b alone, and f(x ^ y) is f(x) ^ f(y).
+    The checksum is the crc32 of the labels, followed by all pixels.
     """
     if settings.dataset in BUILT_IN:
         return settings.dataset
-    zeros = bytes(math.prod(split.stored.shape[1:]))
-    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
     total = zlib.crc32(split.labels.numpy())
-    for checksum in compute_checksums(split):
+    total = join_checksums(total, compute_checksums(split), math.prod(split.stored.shape[1:]))
+    return f"{len(split.labels)} pictures, crc32 {total:08x}"
+
+
+def join_checksums(total: int, checksums: Sequence[int], length: int) -> int:
+    """The crc32 of some bytes followed by images of length bytes each, from the crc32 of all these.
+
+    No pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f depends on the length of b
+    alone, and f(x ^ y) is f(x) ^ f(y), so that f of a number follows from f of its bits.
+    """
+    zeros = bytes(length)
+    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
+    for checksum in checksums:
+        joined = checksum
         for bit in range(32):
             if total >> bit & 1:
-                checksum ^= f_of_bit[bit]
-        total = checksum
-    return f"{len(split.labels)} pictures, crc32 {total:08x}"
+                joined ^= f_of_bit[bit]
+        total = joined
+    return total
 
 
 def compute_checksums(split: Split) -> Sequence[int]:
@@ -706,24 +737,6 @@ def _hash(*values: object) -> str:
     return blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
-def place(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device; in memory still if more than half of the device would be full."""
-    return images.to(device) if fits(images.nbytes, device) else images
-
-
-def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes fill at most half of what is free on the device."""
-    return 2 * size <= free_memory(device)
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes on a GPU; infinite on a device that shares the machine's memory."""
-    if device.type != "cuda":
-        return math.inf
-    torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
-    return torch.cuda.mem_get_info(device)[0]
-
-
 MAX_PIXELS = 178_956_970  # beyond twice MAX_IMAGE_PIXELS, Pillow refuses a picture
 Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() counts after it
 
@@ -806,29 +819,6 @@ def read_pictures(
         raise DataError(f"No picture among {', '.join(paths)}. Name image files, or folders")
 
 
-def split_per_class(
-    labels: Tensor, holdout_per_class: int, train_per_class: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of a stratified hold-out: the same in every run.
-
-    train_per_class limits the training images per class; 0 takes all but the hold-out.
-    """
-    holdout, train = draw_per_class(labels, holdout_per_class)
-    if train_per_class:
-        train = train[draw_per_class(labels[train], train_per_class)[0]]
-    return train, holdout
-
-
-def draw_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices of count random images per class, all of a smaller one, and of the others."""
-    # Not the run's SEED: runs with different seeds must share their hold-out.
-    rng = np.random.default_rng(100)
-    drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        drawn[rng.permutation(np.flatnonzero(labels.numpy() == label.item()))[:count]] = True
-    return drawn.nonzero().flatten(), (~drawn).nonzero().flatten()
-
-
 # ---- augmentation: images float (B, 3, H, W) in [0, 1], one parameter per image (B,) ------------
 
 
@@ -898,7 +888,9 @@ def draw_mixing(mixup: float, cutmix: float, count: int, size: int, seed: int) -
     arXiv 1905.04899.
     """
     rng = np.random.default_rng(seed)
-    cut = rng.random(count) < (0.5 if mixup and cutmix else bool(cutmix))
+    cut = rng.random(count) < 0.5
+    if not (mixup and cutmix):
+        cut[:] = cutmix > 0
     alpha = np.where(cut, cutmix or 1, mixup or 1)
     weight = rng.beta(alpha, alpha)
     center = rng.integers(size, size=(2, count))
@@ -1178,6 +1170,20 @@ class EvalLoader:
             yield self.normalize_and_resize(images.float() / 255)
 
 
+def place(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device; in memory still if more than half of the device would be full."""
+    return images.to(device) if fits(images.nbytes, device) else images
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes fill at most half of what is free on a GPU; always on other devices."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * size <= free
+
+
 def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """images[rows] on the device.
 
@@ -1221,8 +1227,10 @@ def find_identical(*splits: Split) -> list[list[int]]:
         numbers[checksum].append(number)
     groups = []
     for alike in numbers.values():
+        if len(alike) == 1:
+            continue
         equal = defaultdict(list)
-        for number in alike if len(alike) > 1 else ():
+        for number in alike:
             split, index = images[number]
             equal[split.image(index).numpy().tobytes()].append(number)
         groups += [group for group in equal.values() if len(group) > 1]
