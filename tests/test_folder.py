@@ -201,7 +201,7 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     about = path.with_suffix(".json")
     written = json.loads(about.read_text())
     written["checksums"][3] += 1
-    for text in ("{", "[]", "{}", "7", '{"hash": 0}', json.dumps(written)):
+    for text in (json.dumps(written), "{", "[]", "{}", "7", '{"hash": 0}'):
         about.write_text(text)
         assert count() == 13, text
     assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
@@ -263,7 +263,9 @@ with data.scratch_folder(Path("data/decoded"), "decoding"):
         command = [sys.executable, "-c", wait, str(running)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert "waiting  another process is writing into data/dec" in process.stderr.readline()
-        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        assert running.exists()
     assert process.wait() == 0
     read_splits(photos)
     assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"} and other.exists()
