@@ -57,43 +57,47 @@ class Constant(NamedTuple):
     group: str  # the comment line above its paragraph, "" if there is none
 
 
-def read_constants(script: str) -> dict[str, Constant]:
-    """Every constant of a script, by name. Raises UserError if one is not a literal.
+class Script(NamedTuple):
+    docstring: str
+    constants: dict[str, Constant]  # those that are flags, by their names in lower case
+    demo_settings: dict[str, object]  # what --demo sets
+
+
+def read_script(script: str) -> Script:
+    """What the source of a script has for its flags. Raises UserError if a constant is no literal.
 
     A comment may end in the range of a number, whole unless low is a float, [low, high], or in the
-    choices of a string, ["a", "b"].
+    choices of a string, ["a", "b"]. A dict is no flag.
     """
-    return _parse(script, _read_source(script))[1]
-
-
-def _read_source(script: str) -> str:
-    return Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    source = Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    return _parse(Path(script).name, source)
 
 
 @functools.cache
-def _parse(script: str, source: str) -> tuple[str, dict[str, Constant]]:
-    """The docstring and the constants of a script."""
-    tree = ast.parse(source)
-    constants, lines = {}, source.splitlines()
+def _parse(script_name: str, source: str) -> Script:
+    tree, lines = ast.parse(source), source.splitlines()
+    constants, demo_settings = {}, {}
     for node in tree.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", rest).groups()
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+        meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", comment).groups()
         try:
             value, allowed = ast.literal_eval(node.value), ast.literal_eval(allowed or "[]")
         except (ValueError, SyntaxError):
-            where = f"{Path(script).name}, line {node.lineno}"
             raise UserError(
-                f"{where}: {target.id} must be a plain number, text or bool, and its comment may "
-                'end in its range, [0, 10], or choices, ["a", "b"]'
+                f"{script_name}, line {node.lineno}: {target.id} must be a plain number, text or "
+                'bool, and its comment may end in its range, [0, 10], or choices, ["a", "b"]'
             ) from None
-        group = _heading(lines[: node.lineno - 1])
-        constants[target.id] = Constant(value, meaning, allowed, group)
-    return ast.get_docstring(tree) or "", constants
+        if target.id == "DEMO_SETTINGS":
+            demo_settings = {name.lower(): setting for name, setting in value.items()}
+        elif not isinstance(value, dict):
+            group = _heading(lines[: node.lineno - 1])
+            constants[target.id.lower()] = Constant(value, meaning, allowed, group)
+    return Script(ast.get_docstring(tree) or "", constants, demo_settings)
 
 
 def _heading(lines: list[str]) -> str:
@@ -113,11 +117,15 @@ class _Parser(argparse.ArgumentParser):
     def suggest_flag(self, message: str) -> str:
         """The flag that --batch_size, --epoch or --lr was meant to be, as a question."""
         wrong = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        if not wrong:
+            return ""
+        name = wrong[1].lower().replace("_", "-")
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         initials = {"".join(word[0] for word in flag.split("-")): flag for flag in flags}
-        name = wrong[1].lower().replace("_", "-") if wrong else ""
-        similar = [initials.get(name), *difflib.get_close_matches(name, flags, 1)]
-        return next((f"did you mean --{flag}? " for flag in similar if flag), "")
+        if name in initials:
+            return f"did you mean --{initials[name]}? "
+        similar = difflib.get_close_matches(name, flags, 1)
+        return f"did you mean --{similar[0]}? " if similar else ""
 
 
 def _usage_error(message: str) -> NoReturn:
@@ -136,26 +144,18 @@ def parse_flags(
     """Makes a flag of every constant of a script, with its comment as the help, and checks it.
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
-    values; a dict is no flag. With --demo, the script's DEMO_SETTINGS replace its values, and so do
-    those that are planned, by name; flags win over all. Returns the settings, with names in lower
-    case. A bad flag, a value out of its range, or an empty string where the comment does not
-    mention "" ends the script with one line and exit status 2.
+    values. With --demo, the script's DEMO_SETTINGS replace its values, and so do those that are
+    planned, by name; flags win over all. Returns the settings, with names in lower case. A bad
+    flag, a value out of its range, or an empty string where the comment does not mention "" ends
+    the script with one line and exit status 2.
     """
-    docstring, constants = _parse(script, _read_source(script))
-    demo_settings = {}
-    if "DEMO_SETTINGS" in constants:
-        demo_settings = constants["DEMO_SETTINGS"].value
-    constants = {
-        name.lower(): constant
-        for name, constant in constants.items()
-        if not isinstance(constant.value, dict)
-    }
+    docstring, constants, demo_settings = read_script(script)
     given = vars(_make_parser(script, docstring, constants).parse_args(argv))
-    settings = {name: constant.value for name, constant in constants.items()} | given
-    if settings.get("demo"):
-        settings |= {name.lower(): value for name, value in demo_settings.items()}
-    if planned:
-        settings |= {name.lower(): value for name, value in planned.items()}
+    settings = {name: constant.value for name, constant in constants.items()}
+    if given.get("demo", settings.get("demo")):
+        settings |= demo_settings
+    for name, value in (planned or {}).items():
+        settings[name.lower()] = value
     settings |= given
     for name, value in settings.items():
         _check_setting(name, value, constants[name])
@@ -200,18 +200,16 @@ def _expand_home(value: object) -> object:
 def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = ()) -> str:
     """The command that gives a script the settings in args: a flag for each that is no default."""
     command = ["python", Path(script).name]
-    for name, constant in read_constants(script).items():
-        value, flag = vars(args).get(name.lower(), constant.value), name.lower().replace("_", "-")
-        if value == constant.value or name.lower() in without:
+    for name, constant in read_script(script).constants.items():
+        value, flag = vars(args).get(name, constant.value), name.replace("_", "-")
+        if value == constant.value or name in without:
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            command += [
-                f"--{flag}",
-                *(f"{x:.15g}" if isinstance(x, float) else str(x) for x in values),
-            ]
+            continue
+        command.append(f"--{flag}")
+        for word in value if isinstance(value, list) else [value]:
+            command.append(f"{word:.15g}" if isinstance(word, float) else str(word))
     return quote_command(command)
 
 
@@ -957,8 +955,8 @@ def shorten(text: str) -> str:
 
 def with_defaults(run: dict) -> dict:
     """The constants of a run; one that was added since has its default in train.py."""
-    own = read_constants(str(Path(__file__).with_name("train.py")))
-    defaults = {name.lower(): x.value for name, x in own.items() if not isinstance(x.value, dict)}
+    constants = read_script(str(Path(__file__).with_name("train.py"))).constants
+    defaults = {name: constant.value for name, constant in constants.items()}
     return defaults | {"dataset": run["dataset"]} | run["constants"]
 
 
