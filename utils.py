@@ -373,7 +373,6 @@ class Processes(NamedTuple):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1  # processes on this machine
     machine: int = 0  # its number among those of the run
     machines: int = 1
     restarts: int = 0  # how often torchrun has restarted the workers
@@ -385,17 +384,18 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
-    names += ["GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"]
+    names += ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     numbers = [int(os.environ[name]) for name in names]
-    # torchrun's log folder has a random name; ATTEMPT/LOCAL_RANK/error.json follow it.
-    log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent.name
-    launcher = f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}/{log}"
-    return Processes(*numbers, launcher)
+    # torchrun's log folder, whose name is random, has files ATTEMPT/LOCAL_RANK/error.json.
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    log_folder = error_file.parent.parent.parent.name
+    return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{log_folder}")
 
 
 _store: dist.Store | None = None  # what the processes that connect() has brought together share
 _leaves = threading.Event()  # set once this process needs the others no longer
+_first_failure: list | None = None  # of all processes: its rank, and why it ended
 PATIENCE = timedelta(hours=12)  # how long they wait for one that downloads or decodes pictures
 START = 600  # seconds that they wait for one that has not begun
 SILENCE = 60  # seconds without a sign of life after which a process counts as lost
@@ -463,6 +463,7 @@ def _watch_others() -> None:
     It runs in a thread of its own, with a connection of its own, because a collective neither
     returns nor handles signals until every process has come. Each process watches the next one.
     """
+    global _first_failure
     this = this_process()
     neighbour = (this.rank + 1) % this.world_size
     beats, last_beat, last_change = 0, "", time.monotonic()
@@ -482,7 +483,7 @@ def _watch_others() -> None:
                 _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
             failed = store.check(["failed"])
         if failed:  # kept here, because the process that keeps the store may end first
-            _Ending.first_failure = json.loads(store.get("failed"))
+            _first_failure = json.loads(store.get("failed"))
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         failed = not _leaves.wait(5)
     if failed and not _leaves.is_set():
@@ -533,40 +534,32 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
     """Raises UserError, on every process, unless the constants and facts of all are the same."""
     constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
     own = constants | facts | {"torch": torch.__version__}
-    first, *others = map(json.loads, exchange("facts", json.dumps(own)))
+    first, *others = [json.loads(facts) for facts in exchange("facts", json.dumps(own))]
     for rank, other in enumerate(others, start=1):
         for name in first | other:
             if first.get(name) != other.get(name):
-                ours, theirs = (shorten(repr(facts.get(name))) for facts in (first, other))
                 raise UserError(
-                    f"The processes were started differently: {name} is {ours} on rank 0, but "
-                    f"{theirs} on rank {rank}.\nStart them with the same flags, files and data"
+                    f"The processes were started differently: {name} is "
+                    f"{shorten(repr(first.get(name)))} on rank 0, but "
+                    f"{shorten(repr(other.get(name)))} on rank {rank}.\n"
+                    "Start them with the same flags, files and data"
                 )
 
 
 def from_rank_0(what: str, read: Callable[[], dict | None]) -> dict | None:
     """What read() returns on rank 0, on every process. Each name can be used once."""
-    holder = [read() if is_first() else None]
-    exchange(what)
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+    value = read() if is_first() else None
+    exchange(what)  # which waits longer than a collective
+    return of_rank_0(value)
 
 
-def of_rank_0(number: float) -> float:
-    """Rank 0's number, on every process."""
+def of_rank_0(value: object) -> object:
+    """Rank 0's value, on every process."""
     if not dist.is_initialized():
-        return number
-    holder = [number]
+        return value
+    holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Adds a tensor up over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def gather(values: Tensor) -> Tensor:
@@ -581,7 +574,9 @@ def gather(values: Tensor) -> Tensor:
 def mean_over_processes(*sums: Tensor, count: int) -> list[float]:
     """Each sum over this process's images, as a mean over those of all processes."""
     values = torch.stack([*sums, torch.full_like(sums[0], count)])
-    *totals, total_count = sum_over_processes(values).tolist()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    *totals, total_count = values.tolist()
     return [total / total_count for total in totals]
 
 
@@ -723,11 +718,10 @@ WHERE_AND_HOW |= {"val_images", "val_batch_size", "resume", "resume_if_saved", "
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str, patience: float = 0) -> Iterator:
+def atomic_write(path: Path, mode: str) -> Iterator:
     """Opens a temporary file that replaces path once it is complete and on disk.
 
-    Raises UserError, with the earlier file intact, when the disk is full, or when another program
-    keeps it for longer than patience, in seconds.
+    An error, on a full disk for instance, leaves the earlier file intact.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -735,22 +729,18 @@ def atomic_write(path: Path, mode: str, patience: float = 0) -> Iterator:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path, patience)
-    except BaseException as error:
+        _move(temporary, path)
+    finally:  # it is there only after an error
         with suppress(OSError):
             temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):  # torch.save wraps one in a RuntimeError
-            raise
-        reason = cause.strerror or cause
-        raise UserError(f"{path} could not be written: {reason}.\n{_state()}") from error
 
 
-def _move(file: Path, target: Path, patience: float) -> None:
-    """Replaces target by file; tries again for so many seconds where Windows refuses to.
+def _move(file: Path, target: Path) -> None:
+    """Replaces target by file; tries again for a while, but for extras, where Windows refuses to.
 
     It does while a virus scanner or a reader has one of the two open.
     """
+    patience = 0 if target.name in EXTRAS else CHECKPOINT_PATIENCE
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -764,19 +754,24 @@ def _move(file: Path, target: Path, patience: float) -> None:
 
 @contextmanager
 def _extra(path: Path) -> Iterator[None]:
-    """Says what went wrong with a file that is not worth a run, and goes on."""
+    """Prints what went wrong with a file that is not worth a run, and goes on."""
     try:
         yield
-    except UserError as error:
-        say("note", str(error).splitlines()[0].rstrip("."))
     except Exception as error:  # noqa: BLE001, its type depends on what is wrong
         say("note", f"{path} could not be written: {reason_of(error)}")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes tensors and plain types, completely or not at all."""
-    with atomic_write(path, "wb", CHECKPOINT_PATIENCE) as file:
-        torch.save({"format": FORMAT} | state, file)
+    """Writes tensors and plain types, completely or not at all. Raises UserError for a full disk."""
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save({"format": FORMAT} | state, file)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):  # which torch.save wraps in a RuntimeError
+            raise
+        reason = cause.strerror or cause
+        raise UserError(f"{path} could not be written: {reason}.\n{_state()}") from error
 
 
 def save_run(
@@ -809,7 +804,7 @@ def write_history(path: Path, history: list[dict]) -> None:
     """Writes the figures of each epoch as a row. Never fails: what went wrong is printed."""
     names = [name for name in history[0] if name != "head"]
     with _extra(path), atomic_write(path, "w") as file:
-        rows = csv.DictWriter(file, names, "", "ignore", lineterminator="\n")
+        rows = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         rows.writeheader()
         rows.writerows(history)
 
@@ -822,7 +817,9 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
     except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
         return own
     numbers = [{key: x for key, x in row.items() if key != "head"} for row in own]
-    return own + rows[len(own) :] if own and rows[: len(own)] == numbers else own
+    if own and rows[: len(own)] == numbers:
+        return own + rows[len(own) :]
+    return own
 
 
 def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool = False) -> None:
@@ -850,21 +847,22 @@ def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see
     best = best_epoch(history, watch)
     column = {name: [row[name] for row in history] for name in history[-1]}
     epochs, rates = column["epoch"], column["learning_rate"]
-    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
-    head, dots = history[0].get("head", []), {"ms": 4 if len(epochs) <= 50 else 0}
+    training, first = "training, augmented", 0
+    if epochs[0] == 0:  # it trains the head on plain images, at a rate of its own
+        training, first = "training, augmented from epoch 1", 1
+    head = history[0].get("head", [])
+    head_places = [i / len(head) - 1 for i in range(1, len(head) + 1)]
+    dots = {"ms": 4 if len(epochs) <= 50 else 0}
+    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     figure = Figure((11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # pyplot would open a window
-    training = "training, augmented" + first * " from epoch 1"
-    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     for place, (name, axes) in enumerate(zip(("loss", "accuracy"), figure.subplots(1, 2))):
         axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
         axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
         axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
         if head:
-            places = [i / len(head) - 1 for i in range(1, len(head) + 1)]
-            axes.plot(
-                places, [row[place] for row in head], label="the head's epochs, together -1 to 0"
-            )
+            values = [row[place] for row in head]
+            axes.plot(head_places, values, label="the head's epochs, together -1 to 0")
         axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right = axes.twinx()
@@ -898,7 +896,8 @@ def _check_archive(file: BinaryIO) -> None:
             raise ValueError("it is compressed, so torch.save did not write it")
         if sum(member.file_size for member in members) > file.seek(0, os.SEEK_END):
             raise ValueError("it claims more bytes than it has")
-        if damaged := archive.testzip():
+        damaged = archive.testzip()
+        if damaged:
             raise ValueError(f"{damaged} in it fails its checksum")
 
 
@@ -1046,17 +1045,16 @@ def move_aside(folder: Path) -> None:
     try:
         aside.mkdir()
         for file in files:
-            if file.name not in EXTRAS:
-                _move(file, aside / file.name, CHECKPOINT_PATIENCE)
+            if file.name in EXTRAS:
+                with _extra(aside / file.name):
+                    _move(file, aside / file.name)
+            else:
+                _move(file, aside / file.name)
     except OSError as error:
         raise UserError(
             f"The earlier run in {folder} cannot be moved to {aside}: {error.strerror or error}. "
             "Move it yourself, or choose another --checkpoint-dir"
         ) from error
-    for file in files:
-        if file.name in EXTRAS:
-            with _extra(aside / file.name):
-                _move(file, aside / file.name, 0)
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
@@ -1172,39 +1170,31 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
 
 
-class _Stopped(BaseException):
-    """A signal that asks the script to end."""
-
-
-class _Ending:
-    """State for the message of a script that is cut short, and for signals that wait."""
-
-    safe = "nothing is saved yet"
-    command = ""  # which continues the run
-    first_failure = None  # of another process: its rank, and why it ended
-    signals_wait = False
-    signal = 0  # the one that waits
-
-
-def _state() -> str:
-    """What is safe, and how to continue from it."""
-    return _Ending.safe + (f"; to continue: {_Ending.command}" if _Ending.command else "")
+_safe = ""  # what of the run is on disk
+_command = ""  # which continues it
 
 
 def _note_what_is_safe(path: Path, history: list[dict]) -> None:
+    global _safe, _command
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
     launcher = "torchrun ..." if this_process().launcher else "python"
     resume = [] if "--resume-if-saved" in flags else ["--resume"]
     saved = f"epoch {history[-1]['epoch']}" if history else "the start"
-    _Ending.safe = f"{saved} is safe in {path}"
-    _Ending.command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
+    _safe = f"{saved} is safe in {path}"
+    _command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
+
+
+def _state() -> str:
+    """What is safe, and how to continue from it."""
+    return f"{_safe}; to continue: {_command}" if _command else _safe
+
+
+class _Stopped(BaseException):
+    """A signal that asks the script to end."""
 
 
 def _stop(signum: int, frame: object) -> None:
-    if _Ending.signals_wait:
-        _Ending.signal = signum
-    else:
-        raise _Stopped(signum)
+    raise _Stopped(signum)
 
 
 @contextmanager
@@ -1213,13 +1203,17 @@ def _signals_wait() -> Iterator[None]:
 
     torch.save would turn an exception in the middle of a write into one of its own.
     """
-    _Ending.signals_wait = True
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) == _stop]
+    waiting = []
+    for signum in handled:
+        signal.signal(signum, lambda signum, frame: waiting.append(signum))
     try:
         yield
     finally:
-        _Ending.signals_wait = False
-    if _Ending.signal:
-        raise _Stopped(_Ending.signal)
+        for signum in handled:
+            signal.signal(signum, _stop)
+    if waiting:
+        raise _Stopped(waiting[0])
 
 
 @contextmanager
@@ -1230,7 +1224,8 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
     128 + the signal's number); a closed output pipe; a GPU or another process that fails; and,
     where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
     """
-    _Ending.safe = safe
+    global _safe
+    _safe = safe
     sys.stdout, sys.stderr = _prepare_stream(sys.stdout), _prepare_stream(sys.stderr)
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
@@ -1251,10 +1246,10 @@ def _explain(error: BaseException, memory_advice: str) -> None:
     if isinstance(error, BrokenPipeError):
         _end(f"stopped  the output pipe was closed.\n{_state()}")
     if isinstance(error, FloatingPointError):
-        _end(f"stopped  {error}.\n{_Ending.safe}")
+        _end(f"stopped  {error}.\n{_safe}")
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
         if "out of memory" in str(error):
-            _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_Ending.safe}")
+            _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_safe}")
         _end(f"stopped  the GPU failed: {reason_of(error)}\n{_state()}")
     if _is_of_another_process(error):
         _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
@@ -1286,22 +1281,22 @@ def _report(
     If another one has failed before, that is the reason. One process of each machine prints it, and
     torchrun repeats what is in the error file below its own traceback.
     """
+    global _first_failure
     this = this_process()
     speaks = this.local_rank == 0  # for all processes of its machine
     _leaves.set()
     try:
         if this.launcher:
-            reason = message.strip().removeprefix("stopped  ")
-            reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
-            if _Ending.first_failure is None:
-                store = store or _store or _open_store(seconds=3)
-                _Ending.first_failure = _announce(store, this.rank, reason)
-            rank, first_reason = _Ending.first_failure
+            store = store or _store or _open_store(seconds=3)
+            if _first_failure is None:
+                reason = message.strip().removeprefix("stopped  ")
+                reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
+                _first_failure = _announce(store, this.rank, reason)
+            rank, first_reason = _first_failure
             if rank != this.rank:
                 message, status = f"stopped  {first_reason}", 1
-                if _Ending.safe not in message:
+                if _safe not in message:
                     message = f"{message}\n{_state()}"
-            store = store or _store
             speaks = store.add(f"said on machine {this.machine}", 1) == 1
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         store = None
