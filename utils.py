@@ -417,17 +417,22 @@ def connect(device_name: str) -> torch.device:
             "scheduler, with --resume-if-saved"
         )
     _store = _open_store(START)
-    _store.set(f"beat of rank {this.rank}", "0")  # before any of them goes on
+    _store.add(f"beats of rank {this.rank}", 1)  # before any of them goes on
     threading.Thread(target=_watch_others, daemon=True).start()
     device = choose_device(device_name, this.local_rank)
-    backend, options = "gloo", {"timeout": timedelta(minutes=10)}
+    options = {"backend": "gloo"}
     if device.type == "cuda":
-        backend, options["device_id"] = "nccl", device
-    options |= {"store": dist.PrefixStore("group", _store), "rank": this.rank}
+        options = {"backend": "nccl", "device_id": device}
     if len(set(exchange("device", device.type))) > 1 or device.type == "mps":
         raise UserError("The processes need a GPU each, or all of them --device cpu")
-    dist.init_process_group(backend, world_size=this.world_size, **options)
-    say("torchrun", f"processes: {this.world_size}, {backend}")
+    dist.init_process_group(
+        **options,
+        store=dist.PrefixStore("group", _store),
+        rank=this.rank,
+        world_size=this.world_size,
+        timeout=timedelta(minutes=10),
+    )
+    say("torchrun", f"processes: {this.world_size}, {options['backend']}")
     return device
 
 
@@ -448,7 +453,7 @@ def _open_store(seconds: float) -> dist.Store:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"No process of the run answers at {address[0]}, port {address[1]}: "
-                    f"{error.strerror or error}.\nStart torchrun on every machine, with one endpoint"
+                    f"{reason_of(error)}.\nStart torchrun on every machine, with one endpoint"
                 ) from error
             time.sleep(0.2)
     options = {"is_master": keeps_it, "wait_for_workers": False, "multi_tenant": True}
@@ -463,33 +468,39 @@ def _watch_others() -> None:
     It runs in a thread of its own, with a connection of its own, because a collective neither
     returns nor handles signals until every process has come. Each process watches the next one.
     """
-    global _first_failure
-    this = this_process()
-    neighbour = (this.rank + 1) % this.world_size
-    beats, last_beat, last_change = 0, "", time.monotonic()
-    store, failed = None, False
+    store = None
     try:
         store = _open_store(START)
-        while not failed and not _leaves.wait(0.5):
-            beats += 1
-            store.set(f"beat of rank {this.rank}", str(beats))
-            beat = ""
-            if store.check([f"beat of rank {neighbour}"]):
-                beat = store.get(f"beat of rank {neighbour}").decode()
-            if beat != last_beat:
-                last_beat, last_change = beat, time.monotonic()
-            patience = SILENCE if beat else START
-            if beat != "the last" and time.monotonic() - last_change > patience:
-                _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
-            failed = store.check(["failed"])
-        if failed:  # kept here, because the process that keeps the store may end first
-            _first_failure = json.loads(store.get("failed"))
+        failed = _wait_for_failure(store)
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         failed = not _leaves.wait(5)
     if failed and not _leaves.is_set():
         signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
         if not _leaves.wait(5):  # in a collective
             os._exit(_report("stopped  another process cannot be reached", store=store))
+
+
+def _wait_for_failure(store: dist.Store) -> bool:
+    """Gives signs of life and looks for those of the next process; whether any process has failed.
+
+    Returns False once this process needs the others no longer.
+    """
+    global _first_failure
+    this = this_process()
+    neighbour = (this.rank + 1) % this.world_size
+    last_beats, last_change = 0, time.monotonic()
+    while not _leaves.wait(0.5):
+        store.add(f"beats of rank {this.rank}", 1)
+        beats = store.add(f"beats of rank {neighbour}", 0)
+        if beats != last_beats or store.check([f"gone, rank {neighbour}"]):
+            last_beats, last_change = beats, time.monotonic()
+        patience = SILENCE if beats else START
+        if time.monotonic() - last_change > patience:
+            _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
+        if store.check(["failed"]):  # read now: the process that keeps the store may end first
+            _first_failure = json.loads(store.get("failed"))
+            return True
+    return False
 
 
 def _announce(store: dist.Store, rank: int, reason: str) -> list:
@@ -534,7 +545,7 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
     """Raises UserError, on every process, unless the constants and facts of all are the same."""
     constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
     own = constants | facts | {"torch": torch.__version__}
-    first, *others = [json.loads(facts) for facts in exchange("facts", json.dumps(own))]
+    first, *others = [json.loads(answer) for answer in exchange("facts", json.dumps(own))]
     for rank, other in enumerate(others, start=1):
         for name in first | other:
             if first.get(name) != other.get(name):
@@ -592,11 +603,9 @@ def disconnect() -> None:
     if _store is None:
         return
     _leaves.set()
-    _store.set(f"beat of rank {this_process().rank}", "the last")
-    _arrive(_store, "told")  # nobody need wait until it has heard of a failure
-    everyone = _arrive(_store, "left")
+    gone = _arrive(_store, "gone")
     if is_first():
-        _wait_for(_store, everyone, seconds=10)
+        _wait_for(_store, gone, seconds=10)
     dist.destroy_process_group()
 
 
@@ -770,8 +779,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):  # which torch.save wraps in a RuntimeError
             raise
-        reason = cause.strerror or cause
-        raise UserError(f"{path} could not be written: {reason}.\n{_state()}") from error
+        raise UserError(f"{path} could not be written: {reason_of(cause)}.\n{_state()}") from error
 
 
 def save_run(
@@ -961,13 +969,14 @@ def with_defaults(run: dict) -> dict:
 
 def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
     """The checkpoint that this run continues: with --resume, or after torchrun restarted it."""
+    if args.resume or (args.resume_if_saved and path.exists()):
+        return load_checkpoint(path)
     this = this_process()
-    if not (args.resume or ((args.resume_if_saved or this.restarts) and path.exists())):
-        return None
-    checkpoint = load_checkpoint(path)
-    if not (args.resume or args.resume_if_saved) and checkpoint.get("launcher") != this.launcher:
-        return None  # of an earlier run: torchrun restarted this one before its first save
-    return checkpoint
+    if this.restarts and path.exists():
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("launcher") == this.launcher:
+            return checkpoint  # else an earlier run's: this one was restarted before its first save
+    return None
 
 
 def require_same_settings(checkpoint: dict, path: Path, args: argparse.Namespace) -> None:
@@ -1052,7 +1061,7 @@ def move_aside(folder: Path) -> None:
                 _move(file, aside / file.name)
     except OSError as error:
         raise UserError(
-            f"The earlier run in {folder} cannot be moved to {aside}: {error.strerror or error}. "
+            f"The earlier run in {folder} cannot be moved to {aside}: {reason_of(error)}. "
             "Move it yourself, or choose another --checkpoint-dir"
         ) from error
     say("earlier", f"the run that was in {folder} is now in {aside}")
@@ -1071,8 +1080,7 @@ def lock_folder(folder: Path) -> object:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}. "
-            "Choose another --checkpoint-dir"
+            f"{folder} cannot be written: {reason_of(error)}. Choose another --checkpoint-dir"
         ) from error
     try:
         lock = _open_lock(folder / ".lock")
@@ -1084,7 +1092,7 @@ def lock_folder(folder: Path) -> object:
             f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
         ) from None
     except OSError as error:  # another user's file, or a file system without locks
-        reason = error.strerror or error
+        reason = reason_of(error)
         say("note", f"{folder} is not locked, so keep other runs out yourself: {reason}")
         return None
     for name in RUN_FILES:
@@ -1170,7 +1178,7 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
 
 
-_safe = ""  # what of the run is on disk
+_safe = "nothing is saved yet"  # what of the run is on disk
 _command = ""  # which continues it
 
 
@@ -1309,7 +1317,7 @@ def _report(
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
     if store:
         with suppress(dist.DistError):
-            _wait_for(store, _arrive(store, "told"), seconds=3)  # this process may keep the store
+            _wait_for(store, _arrive(store, "gone"), seconds=3)  # this process may keep the store
         if not speaks:
             time.sleep(1)  # torchrun then ends it, and repeats the message of the one that speaks
     return status
