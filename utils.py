@@ -83,7 +83,8 @@ def _parse(script_name: str, source: str) -> Script:
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
-        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+        line = lines[node.end_lineno - 1].encode()  # offsets count bytes
+        comment = line[node.end_col_offset :].decode()
         meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", comment).groups()
         try:
             value, allowed = ast.literal_eval(node.value), ast.literal_eval(allowed or "[]")
@@ -835,9 +836,9 @@ def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool =
 
     Never fails: what went wrong is printed.
     """
-    path = folder / "training_curves.png"
     if not is_first():
         return
+    path = folder / "training_curves.png"
     with _extra(path):
         if path.exists() and not at_once and time.time() - path.stat().st_mtime < 10:
             return
@@ -951,8 +952,9 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
     text = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    first, *others = text.splitlines()
-    return shorten(others[-1] if first.endswith(":") else first).rstrip(".")  # a mere heading
+    lines = text.splitlines()
+    line = lines[-1] if lines[0].endswith(":") else lines[0]  # the first is a mere heading
+    return shorten(line).rstrip(".")
 
 
 def shorten(text: str) -> str:
@@ -1172,11 +1174,9 @@ def _prepare_stream(stream: TextIO | None) -> TextIO:
 
 # ---- how a script ends --------------------------------------------------------------------------
 
-
 # Ctrl-C, and what terminals and schedulers send; Windows has the first two
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
-
 
 _safe = "nothing is saved yet"  # what of the run is on disk
 _command = ""  # which continues it
