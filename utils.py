@@ -57,43 +57,48 @@ class Constant(NamedTuple):
     group: str  # the comment line above its paragraph, "" if there is none
 
 
-def read_constants(script: str) -> dict[str, Constant]:
-    """Every constant of a script, by name. Raises UserError if one is not a literal.
+class Script(NamedTuple):
+    docstring: str
+    constants: dict[str, Constant]  # those that are flags, by their names in lower case
+    demo_settings: dict[str, object]  # what --demo sets
+
+
+def read_script(script: str) -> Script:
+    """What the source of a script has for its flags. Raises UserError if a constant is no literal.
 
     A comment may end in the range of a number, whole unless low is a float, [low, high], or in the
-    choices of a string, ["a", "b"].
+    choices of a string, ["a", "b"]. A dict is no flag.
     """
-    return _parse(script, _read_source(script))[1]
-
-
-def _read_source(script: str) -> str:
-    return Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    source = Path(script).read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    return _parse(Path(script).name, source)
 
 
 @functools.cache
-def _parse(script: str, source: str) -> tuple[str, dict[str, Constant]]:
-    """The docstring and the constants of a script."""
-    tree = ast.parse(source)
-    constants, lines = {}, source.splitlines()
+def _parse(script_name: str, source: str) -> Script:
+    tree, lines = ast.parse(source), source.splitlines()
+    constants, demo_settings = {}, {}
     for node in tree.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-        meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", rest).groups()
+        line = lines[node.end_lineno - 1].encode()  # offsets count bytes
+        comment = line[node.end_col_offset :].decode()
+        meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", comment).groups()
         try:
             value, allowed = ast.literal_eval(node.value), ast.literal_eval(allowed or "[]")
         except (ValueError, SyntaxError):
-            where = f"{Path(script).name}, line {node.lineno}"
             raise UserError(
-                f"{where}: {target.id} must be a plain number, text or bool, and its comment may "
-                'end in its range, [0, 10], or choices, ["a", "b"]'
+                f"{script_name}, line {node.lineno}: {target.id} must be a plain number, text or "
+                'bool, and its comment may end in its range, [0, 10], or choices, ["a", "b"]'
             ) from None
-        group = _heading(lines[: node.lineno - 1])
-        constants[target.id] = Constant(value, meaning, allowed, group)
-    return ast.get_docstring(tree) or "", constants
+        if target.id == "DEMO_SETTINGS":
+            demo_settings = {name.lower(): setting for name, setting in value.items()}
+        elif not isinstance(value, dict):
+            group = _heading(lines[: node.lineno - 1])
+            constants[target.id.lower()] = Constant(value, meaning, allowed, group)
+    return Script(ast.get_docstring(tree) or "", constants, demo_settings)
 
 
 def _heading(lines: list[str]) -> str:
@@ -113,11 +118,15 @@ class _Parser(argparse.ArgumentParser):
     def suggest_flag(self, message: str) -> str:
         """The flag that --batch_size, --epoch or --lr was meant to be, as a question."""
         wrong = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        if not wrong:
+            return ""
+        name = wrong[1].lower().replace("_", "-")
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
         initials = {"".join(word[0] for word in flag.split("-")): flag for flag in flags}
-        name = wrong[1].lower().replace("_", "-") if wrong else ""
-        similar = [initials.get(name), *difflib.get_close_matches(name, flags, 1)]
-        return next((f"did you mean --{flag}? " for flag in similar if flag), "")
+        if name in initials:
+            return f"did you mean --{initials[name]}? "
+        similar = difflib.get_close_matches(name, flags, 1)
+        return f"did you mean --{similar[0]}? " if similar else ""
 
 
 def _usage_error(message: str) -> NoReturn:
@@ -136,26 +145,18 @@ def parse_flags(
     """Makes a flag of every constant of a script, with its comment as the help, and checks it.
 
     EPOCHS = 60 becomes --epochs INT; a bool becomes --flag and --no-flag; a list takes several
-    values; a dict is no flag. With --demo, the script's DEMO_SETTINGS replace its values, and so do
-    those that are planned, by name; flags win over all. Returns the settings, with names in lower
-    case. A bad flag, a value out of its range, or an empty string where the comment does not
-    mention "" ends the script with one line and exit status 2.
+    values. With --demo, the script's DEMO_SETTINGS replace its values, and so do those that are
+    planned, by name; flags win over all. Returns the settings, with names in lower case. A bad
+    flag, a value out of its range, or an empty string where the comment does not mention "" ends
+    the script with one line and exit status 2.
     """
-    docstring, constants = _parse(script, _read_source(script))
-    demo_settings = {}
-    if "DEMO_SETTINGS" in constants:
-        demo_settings = constants["DEMO_SETTINGS"].value
-    constants = {
-        name.lower(): constant
-        for name, constant in constants.items()
-        if not isinstance(constant.value, dict)
-    }
+    docstring, constants, demo_settings = read_script(script)
     given = vars(_make_parser(script, docstring, constants).parse_args(argv))
-    settings = {name: constant.value for name, constant in constants.items()} | given
-    if settings.get("demo"):
-        settings |= {name.lower(): value for name, value in demo_settings.items()}
-    if planned:
-        settings |= {name.lower(): value for name, value in planned.items()}
+    settings = {name: constant.value for name, constant in constants.items()}
+    if given.get("demo", settings.get("demo")):
+        settings |= demo_settings
+    for name, value in (planned or {}).items():
+        settings[name.lower()] = value
     settings |= given
     for name, value in settings.items():
         _check_setting(name, value, constants[name])
@@ -200,18 +201,16 @@ def _expand_home(value: object) -> object:
 def command_of(script: str, args: argparse.Namespace, without: Iterable[str] = ()) -> str:
     """The command that gives a script the settings in args: a flag for each that is no default."""
     command = ["python", Path(script).name]
-    for name, constant in read_constants(script).items():
-        value, flag = vars(args).get(name.lower(), constant.value), name.lower().replace("_", "-")
-        if value == constant.value or name.lower() in without:
+    for name, constant in read_script(script).constants.items():
+        value, flag = vars(args).get(name, constant.value), name.replace("_", "-")
+        if value == constant.value or name in without:
             continue
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            values = value if isinstance(value, list) else [value]
-            command += [
-                f"--{flag}",
-                *(f"{x:.15g}" if isinstance(x, float) else str(x) for x in values),
-            ]
+            continue
+        command.append(f"--{flag}")
+        for word in value if isinstance(value, list) else [value]:
+            command.append(f"{word:.15g}" if isinstance(word, float) else str(word))
     return quote_command(command)
 
 
@@ -375,7 +374,6 @@ class Processes(NamedTuple):
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1  # processes on this machine
     machine: int = 0  # its number among those of the run
     machines: int = 1
     restarts: int = 0  # how often torchrun has restarted the workers
@@ -387,17 +385,18 @@ def this_process() -> Processes:
     """Reads the place of this process from torchrun's environment variables."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Processes()
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
-    names += ["GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE"]
+    names += ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     numbers = [int(os.environ[name]) for name in names]
-    # torchrun's log folder has a random name; ATTEMPT/LOCAL_RANK/error.json follow it.
-    log = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent.name
-    launcher = f"{os.environ['TORCHELASTIC_RUN_ID']}/{os.getppid()}/{log}"
-    return Processes(*numbers, launcher)
+    # torchrun's log folder, whose name is random, has files ATTEMPT/LOCAL_RANK/error.json.
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    log_folder = error_file.parent.parent.parent.name
+    return Processes(*numbers, launcher=f"{os.environ['TORCHELASTIC_RUN_ID']}/{log_folder}")
 
 
 _store: dist.Store | None = None  # what the processes that connect() has brought together share
 _leaves = threading.Event()  # set once this process needs the others no longer
+_first_failure: list | None = None  # of all processes: its rank, and why it ended
 PATIENCE = timedelta(hours=12)  # how long they wait for one that downloads or decodes pictures
 START = 600  # seconds that they wait for one that has not begun
 SILENCE = 60  # seconds without a sign of life after which a process counts as lost
@@ -419,17 +418,22 @@ def connect(device_name: str) -> torch.device:
             "scheduler, with --resume-if-saved"
         )
     _store = _open_store(START)
-    _store.set(f"beat of rank {this.rank}", "0")  # before any of them goes on
+    _store.add(f"beats of rank {this.rank}", 1)  # before any of them goes on
     threading.Thread(target=_watch_others, daemon=True).start()
     device = choose_device(device_name, this.local_rank)
-    backend, options = "gloo", {"timeout": timedelta(minutes=10)}
+    options = {"backend": "gloo"}
     if device.type == "cuda":
-        backend, options["device_id"] = "nccl", device
-    options |= {"store": dist.PrefixStore("group", _store), "rank": this.rank}
+        options = {"backend": "nccl", "device_id": device}
     if len(set(exchange("device", device.type))) > 1 or device.type == "mps":
         raise UserError("The processes need a GPU each, or all of them --device cpu")
-    dist.init_process_group(backend, world_size=this.world_size, **options)
-    say("torchrun", f"processes: {this.world_size}, {backend}")
+    dist.init_process_group(
+        **options,
+        store=dist.PrefixStore("group", _store),
+        rank=this.rank,
+        world_size=this.world_size,
+        timeout=timedelta(minutes=10),
+    )
+    say("torchrun", f"processes: {this.world_size}, {options['backend']}")
     return device
 
 
@@ -450,7 +454,7 @@ def _open_store(seconds: float) -> dist.Store:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"No process of the run answers at {address[0]}, port {address[1]}: "
-                    f"{error.strerror or error}.\nStart torchrun on every machine, with one endpoint"
+                    f"{reason_of(error)}.\nStart torchrun on every machine, with one endpoint"
                 ) from error
             time.sleep(0.2)
     options = {"is_master": keeps_it, "wait_for_workers": False, "multi_tenant": True}
@@ -465,32 +469,39 @@ def _watch_others() -> None:
     It runs in a thread of its own, with a connection of its own, because a collective neither
     returns nor handles signals until every process has come. Each process watches the next one.
     """
-    this = this_process()
-    neighbour = (this.rank + 1) % this.world_size
-    beats, last_beat, last_change = 0, "", time.monotonic()
-    store, failed = None, False
+    store = None
     try:
         store = _open_store(START)
-        while not failed and not _leaves.wait(0.5):
-            beats += 1
-            store.set(f"beat of rank {this.rank}", str(beats))
-            beat = ""
-            if store.check([f"beat of rank {neighbour}"]):
-                beat = store.get(f"beat of rank {neighbour}").decode()
-            if beat != last_beat:
-                last_beat, last_change = beat, time.monotonic()
-            patience = SILENCE if beat else START
-            if beat != "the last" and time.monotonic() - last_change > patience:
-                _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
-            failed = store.check(["failed"])
-        if failed:  # kept here, because the process that keeps the store may end first
-            _Ending.first_failure = json.loads(store.get("failed"))
+        failed = _wait_for_failure(store)
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         failed = not _leaves.wait(5)
     if failed and not _leaves.is_set():
         signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
         if not _leaves.wait(5):  # in a collective
             os._exit(_report("stopped  another process cannot be reached", store=store))
+
+
+def _wait_for_failure(store: dist.Store) -> bool:
+    """Gives signs of life and looks for those of the next process; whether any process has failed.
+
+    Returns False once this process needs the others no longer.
+    """
+    global _first_failure
+    this = this_process()
+    neighbour = (this.rank + 1) % this.world_size
+    last_beats, last_change = 0, time.monotonic()
+    while not _leaves.wait(0.5):
+        store.add(f"beats of rank {this.rank}", 1)
+        beats = store.add(f"beats of rank {neighbour}", 0)
+        if beats != last_beats or store.check([f"gone, rank {neighbour}"]):
+            last_beats, last_change = beats, time.monotonic()
+        patience = SILENCE if beats else START
+        if time.monotonic() - last_change > patience:
+            _announce(store, neighbour, f"rank {neighbour} gives no sign of life")
+        if store.check(["failed"]):  # read now: the process that keeps the store may end first
+            _first_failure = json.loads(store.get("failed"))
+            return True
+    return False
 
 
 def _announce(store: dist.Store, rank: int, reason: str) -> list:
@@ -535,40 +546,32 @@ def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None
     """Raises UserError, on every process, unless the constants and facts of all are the same."""
     constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
     own = constants | facts | {"torch": torch.__version__}
-    first, *others = map(json.loads, exchange("facts", json.dumps(own)))
+    first, *others = [json.loads(answer) for answer in exchange("facts", json.dumps(own))]
     for rank, other in enumerate(others, start=1):
         for name in first | other:
             if first.get(name) != other.get(name):
-                ours, theirs = (shorten(repr(facts.get(name))) for facts in (first, other))
                 raise UserError(
-                    f"The processes were started differently: {name} is {ours} on rank 0, but "
-                    f"{theirs} on rank {rank}.\nStart them with the same flags, files and data"
+                    f"The processes were started differently: {name} is "
+                    f"{shorten(repr(first.get(name)))} on rank 0, but "
+                    f"{shorten(repr(other.get(name)))} on rank {rank}.\n"
+                    "Start them with the same flags, files and data"
                 )
 
 
 def from_rank_0(what: str, read: Callable[[], dict | None]) -> dict | None:
     """What read() returns on rank 0, on every process. Each name can be used once."""
-    holder = [read() if is_first() else None]
-    exchange(what)
-    if dist.is_initialized():
-        dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+    value = read() if is_first() else None
+    exchange(what)  # which waits longer than a collective
+    return of_rank_0(value)
 
 
-def of_rank_0(number: float) -> float:
-    """Rank 0's number, on every process."""
+def of_rank_0(value: object) -> object:
+    """Rank 0's value, on every process."""
     if not dist.is_initialized():
-        return number
-    holder = [number]
+        return value
+    holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Adds a tensor up over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def gather(values: Tensor) -> Tensor:
@@ -583,7 +586,9 @@ def gather(values: Tensor) -> Tensor:
 def mean_over_processes(*sums: Tensor, count: int) -> list[float]:
     """Each sum over this process's images, as a mean over those of all processes."""
     values = torch.stack([*sums, torch.full_like(sums[0], count)])
-    *totals, total_count = sum_over_processes(values).tolist()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    *totals, total_count = values.tolist()
     return [total / total_count for total in totals]
 
 
@@ -599,11 +604,9 @@ def disconnect() -> None:
     if _store is None:
         return
     _leaves.set()
-    _store.set(f"beat of rank {this_process().rank}", "the last")
-    _arrive(_store, "told")  # nobody need wait until it has heard of a failure
-    everyone = _arrive(_store, "left")
+    gone = _arrive(_store, "gone")
     if is_first():
-        _wait_for(_store, everyone, seconds=10)
+        _wait_for(_store, gone, seconds=10)
     dist.destroy_process_group()
 
 
@@ -725,11 +728,10 @@ WHERE_AND_HOW |= {"val_images", "val_batch_size", "resume", "resume_if_saved", "
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str, patience: float = 0) -> Iterator:
+def atomic_write(path: Path, mode: str) -> Iterator:
     """Opens a temporary file that replaces path once it is complete and on disk.
 
-    Raises UserError, with the earlier file intact, when the disk is full, or when another program
-    keeps it for longer than patience, in seconds.
+    An error, on a full disk for instance, leaves the earlier file intact.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -737,22 +739,18 @@ def atomic_write(path: Path, mode: str, patience: float = 0) -> Iterator:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _move(temporary, path, patience)
-    except BaseException as error:
+        _move(temporary, path)
+    finally:  # it is there only after an error
         with suppress(OSError):
             temporary.unlink()
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):  # torch.save wraps one in a RuntimeError
-            raise
-        reason = cause.strerror or cause
-        raise UserError(f"{path} could not be written: {reason}.\n{_state()}") from error
 
 
-def _move(file: Path, target: Path, patience: float) -> None:
-    """Replaces target by file; tries again for so many seconds where Windows refuses to.
+def _move(file: Path, target: Path) -> None:
+    """Replaces target by file; tries again for a while, but for extras, where Windows refuses to.
 
     It does while a virus scanner or a reader has one of the two open.
     """
+    patience = 0 if target.name in EXTRAS else CHECKPOINT_PATIENCE
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -766,19 +764,23 @@ def _move(file: Path, target: Path, patience: float) -> None:
 
 @contextmanager
 def _extra(path: Path) -> Iterator[None]:
-    """Says what went wrong with a file that is not worth a run, and goes on."""
+    """Prints what went wrong with a file that is not worth a run, and goes on."""
     try:
         yield
-    except UserError as error:
-        say("note", str(error).splitlines()[0].rstrip("."))
     except Exception as error:  # noqa: BLE001, its type depends on what is wrong
         say("note", f"{path} could not be written: {reason_of(error)}")
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes tensors and plain types, completely or not at all."""
-    with atomic_write(path, "wb", CHECKPOINT_PATIENCE) as file:
-        torch.save({"format": FORMAT} | state, file)
+    """Writes tensors and plain types, completely or not at all. Raises UserError for a full disk."""
+    try:
+        with atomic_write(path, "wb") as file:
+            torch.save({"format": FORMAT} | state, file)
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):  # which torch.save wraps in a RuntimeError
+            raise
+        raise UserError(f"{path} could not be written: {reason_of(cause)}.\n{_state()}") from error
 
 
 def save_run(
@@ -811,7 +813,7 @@ def write_history(path: Path, history: list[dict]) -> None:
     """Writes the figures of each epoch as a row. Never fails: what went wrong is printed."""
     names = [name for name in history[0] if name != "head"]
     with _extra(path), atomic_write(path, "w") as file:
-        rows = csv.DictWriter(file, names, "", "ignore", lineterminator="\n")
+        rows = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         rows.writeheader()
         rows.writerows(history)
 
@@ -824,7 +826,9 @@ def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
     except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
         return own
     numbers = [{key: x for key, x in row.items() if key != "head"} for row in own]
-    return own + rows[len(own) :] if own and rows[: len(own)] == numbers else own
+    if own and rows[: len(own)] == numbers:
+        return own + rows[len(own) :]
+    return own
 
 
 def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool = False) -> None:
@@ -832,9 +836,9 @@ def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool =
 
     Never fails: what went wrong is printed.
     """
-    path = folder / "training_curves.png"
     if not is_first():
         return
+    path = folder / "training_curves.png"
     with _extra(path):
         if path.exists() and not at_once and time.time() - path.stat().st_mtime < 10:
             return
@@ -852,21 +856,22 @@ def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see
     best = best_epoch(history, watch)
     column = {name: [row[name] for row in history] for name in history[-1]}
     epochs, rates = column["epoch"], column["learning_rate"]
-    first = 0 if epochs[0] else 1  # epoch 0 trains the head on plain images, at a rate of its own
-    head, dots = history[0].get("head", []), {"ms": 4 if len(epochs) <= 50 else 0}
+    training, first = "training, augmented", 0
+    if epochs[0] == 0:  # it trains the head on plain images, at a rate of its own
+        training, first = "training, augmented from epoch 1", 1
+    head = history[0].get("head", [])
+    head_places = [i / len(head) - 1 for i in range(1, len(head) + 1)]
+    dots = {"ms": 4 if len(epochs) <= 50 else 0}
+    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     figure = Figure((11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # pyplot would open a window
-    training = "training, augmented" + first * " from epoch 1"
-    star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     for place, (name, axes) in enumerate(zip(("loss", "accuracy"), figure.subplots(1, 2))):
         axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
         axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
         axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
         if head:
-            places = [i / len(head) - 1 for i in range(1, len(head) + 1)]
-            axes.plot(
-                places, [row[place] for row in head], label="the head's epochs, together -1 to 0"
-            )
+            values = [row[place] for row in head]
+            axes.plot(head_places, values, label="the head's epochs, together -1 to 0")
         axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right = axes.twinx()
@@ -900,7 +905,8 @@ def _check_archive(file: BinaryIO) -> None:
             raise ValueError("it is compressed, so torch.save did not write it")
         if sum(member.file_size for member in members) > file.seek(0, os.SEEK_END):
             raise ValueError("it claims more bytes than it has")
-        if damaged := archive.testzip():
+        damaged = archive.testzip()
+        if damaged:
             raise ValueError(f"{damaged} in it fails its checksum")
 
 
@@ -946,8 +952,9 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
     text = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    first, *others = text.splitlines()
-    return shorten(others[-1] if first.endswith(":") else first).rstrip(".")  # a mere heading
+    lines = text.splitlines()
+    line = lines[-1] if lines[0].endswith(":") else lines[0]  # the first is a mere heading
+    return shorten(line).rstrip(".")
 
 
 def shorten(text: str) -> str:
@@ -957,20 +964,21 @@ def shorten(text: str) -> str:
 
 def with_defaults(run: dict) -> dict:
     """The constants of a run; one that was added since has its default in train.py."""
-    own = read_constants(str(Path(__file__).with_name("train.py")))
-    defaults = {name.lower(): x.value for name, x in own.items() if not isinstance(x.value, dict)}
+    constants = read_script(str(Path(__file__).with_name("train.py"))).constants
+    defaults = {name: constant.value for name, constant in constants.items()}
     return defaults | {"dataset": run["dataset"]} | run["constants"]
 
 
 def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
     """The checkpoint that this run continues: with --resume, or after torchrun restarted it."""
+    if args.resume or (args.resume_if_saved and path.exists()):
+        return load_checkpoint(path)
     this = this_process()
-    if not (args.resume or ((args.resume_if_saved or this.restarts) and path.exists())):
-        return None
-    checkpoint = load_checkpoint(path)
-    if not (args.resume or args.resume_if_saved) and checkpoint.get("launcher") != this.launcher:
-        return None  # of an earlier run: torchrun restarted this one before its first save
-    return checkpoint
+    if this.restarts and path.exists():
+        checkpoint = load_checkpoint(path)
+        if checkpoint.get("launcher") == this.launcher:
+            return checkpoint  # else an earlier run's: this one was restarted before its first save
+    return None
 
 
 def require_same_settings(checkpoint: dict, path: Path, args: argparse.Namespace) -> None:
@@ -1048,17 +1056,16 @@ def move_aside(folder: Path) -> None:
     try:
         aside.mkdir()
         for file in files:
-            if file.name not in EXTRAS:
-                _move(file, aside / file.name, CHECKPOINT_PATIENCE)
+            if file.name in EXTRAS:
+                with _extra(aside / file.name):
+                    _move(file, aside / file.name)
+            else:
+                _move(file, aside / file.name)
     except OSError as error:
         raise UserError(
-            f"The earlier run in {folder} cannot be moved to {aside}: {error.strerror or error}. "
+            f"The earlier run in {folder} cannot be moved to {aside}: {reason_of(error)}. "
             "Move it yourself, or choose another --checkpoint-dir"
         ) from error
-    for file in files:
-        if file.name in EXTRAS:
-            with _extra(aside / file.name):
-                _move(file, aside / file.name, 0)
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
@@ -1075,8 +1082,7 @@ def lock_folder(folder: Path) -> object:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}. "
-            "Choose another --checkpoint-dir"
+            f"{folder} cannot be written: {reason_of(error)}. Choose another --checkpoint-dir"
         ) from error
     try:
         lock = _open_lock(folder / ".lock")
@@ -1088,7 +1094,7 @@ def lock_folder(folder: Path) -> object:
             f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
         ) from None
     except OSError as error:  # another user's file, or a file system without locks
-        reason = error.strerror or error
+        reason = reason_of(error)
         say("note", f"{folder} is not locked, so keep other runs out yourself: {reason}")
         return None
     for name in RUN_FILES:
@@ -1168,45 +1174,35 @@ def _prepare_stream(stream: TextIO | None) -> TextIO:
 
 # ---- how a script ends --------------------------------------------------------------------------
 
-
 # Ctrl-C, and what terminals and schedulers send; Windows has the first two
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
+
+_safe = "nothing is saved yet"  # what of the run is on disk
+_command = ""  # which continues it
+
+
+def _note_what_is_safe(path: Path, history: list[dict]) -> None:
+    global _safe, _command
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    launcher = "torchrun ..." if this_process().launcher else "python"
+    resume = [] if "--resume-if-saved" in flags else ["--resume"]
+    saved = f"epoch {history[-1]['epoch']}" if history else "the start"
+    _safe = f"{saved} is safe in {path}"
+    _command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
+
+
+def _state() -> str:
+    """What is safe, and how to continue from it."""
+    return f"{_safe}; to continue: {_command}" if _command else _safe
 
 
 class _Stopped(BaseException):
     """A signal that asks the script to end."""
 
 
-class _Ending:
-    """State for the message of a script that is cut short, and for signals that wait."""
-
-    safe = "nothing is saved yet"
-    command = ""  # which continues the run
-    first_failure = None  # of another process: its rank, and why it ended
-    signals_wait = False
-    signal = 0  # the one that waits
-
-
-def _state() -> str:
-    """What is safe, and how to continue from it."""
-    return _Ending.safe + (f"; to continue: {_Ending.command}" if _Ending.command else "")
-
-
-def _note_what_is_safe(path: Path, history: list[dict]) -> None:
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-    launcher = "torchrun ..." if this_process().launcher else "python"
-    resume = [] if "--resume-if-saved" in flags else ["--resume"]
-    saved = f"epoch {history[-1]['epoch']}" if history else "the start"
-    _Ending.safe = f"{saved} is safe in {path}"
-    _Ending.command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
-
-
 def _stop(signum: int, frame: object) -> None:
-    if _Ending.signals_wait:
-        _Ending.signal = signum
-    else:
-        raise _Stopped(signum)
+    raise _Stopped(signum)
 
 
 @contextmanager
@@ -1215,13 +1211,17 @@ def _signals_wait() -> Iterator[None]:
 
     torch.save would turn an exception in the middle of a write into one of its own.
     """
-    _Ending.signals_wait = True
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) == _stop]
+    waiting = []
+    for signum in handled:
+        signal.signal(signum, lambda signum, frame: waiting.append(signum))
     try:
         yield
     finally:
-        _Ending.signals_wait = False
-    if _Ending.signal:
-        raise _Stopped(_Ending.signal)
+        for signum in handled:
+            signal.signal(signum, _stop)
+    if waiting:
+        raise _Stopped(waiting[0])
 
 
 @contextmanager
@@ -1232,7 +1232,8 @@ def explained_exit(safe: str, memory_advice: str) -> Iterator[None]:
     128 + the signal's number); a closed output pipe; a GPU or another process that fails; and,
     where continuing would only repeat it, a loss that is not finite or exhausted GPU memory.
     """
-    _Ending.safe = safe
+    global _safe
+    _safe = safe
     sys.stdout, sys.stderr = _prepare_stream(sys.stdout), _prepare_stream(sys.stderr)
     for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
@@ -1253,10 +1254,10 @@ def _explain(error: BaseException, memory_advice: str) -> None:
     if isinstance(error, BrokenPipeError):
         _end(f"stopped  the output pipe was closed.\n{_state()}")
     if isinstance(error, FloatingPointError):
-        _end(f"stopped  {error}.\n{_Ending.safe}")
+        _end(f"stopped  {error}.\n{_safe}")
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
         if "out of memory" in str(error):
-            _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_Ending.safe}")
+            _end(f"stopped  GPU memory is exhausted: {memory_advice}.\n{_safe}")
         _end(f"stopped  the GPU failed: {reason_of(error)}\n{_state()}")
     if _is_of_another_process(error):
         _end(f"stopped  another process cannot be reached: {reason_of(error)}\n{_state()}")
@@ -1288,22 +1289,22 @@ def _report(
     If another one has failed before, that is the reason. One process of each machine prints it, and
     torchrun repeats what is in the error file below its own traceback.
     """
+    global _first_failure
     this = this_process()
     speaks = this.local_rank == 0  # for all processes of its machine
     _leaves.set()
     try:
         if this.launcher:
-            reason = message.strip().removeprefix("stopped  ")
-            reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
-            if _Ending.first_failure is None:
-                store = store or _store or _open_store(seconds=3)
-                _Ending.first_failure = _announce(store, this.rank, reason)
-            rank, first_reason = _Ending.first_failure
+            store = store or _store or _open_store(seconds=3)
+            if _first_failure is None:
+                reason = message.strip().removeprefix("stopped  ")
+                reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
+                _first_failure = _announce(store, this.rank, reason)
+            rank, first_reason = _first_failure
             if rank != this.rank:
                 message, status = f"stopped  {first_reason}", 1
-                if _Ending.safe not in message:
+                if _safe not in message:
                     message = f"{message}\n{_state()}"
-            store = store or _store
             speaks = store.add(f"said on machine {this.machine}", 1) == 1
     except (dist.DistError, UserError):  # the process that keeps the store has ended
         store = None
@@ -1316,7 +1317,7 @@ def _report(
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(content))
     if store:
         with suppress(dist.DistError):
-            _wait_for(store, _arrive(store, "told"), seconds=3)  # this process may keep the store
+            _wait_for(store, _arrive(store, "gone"), seconds=3)  # this process may keep the store
         if not speaks:
             time.sleep(1)  # torchrun then ends it, and repeats the message of the one that speaks
     return status

@@ -151,7 +151,6 @@ def test_signal_at_any_file_operation_of_a_save_waits_for_its_end(
         write(saves.folder, saves.left[0])
         for each in utils.SIGNALS:  # which the last one has left ignored
             signal.signal(each, signal.default_int_handler)
-        monkeypatch.setattr(utils._Ending, "signal", 0)
         with (
             pytest.raises(SystemExit) as end,
             utils.explained_exit("nothing is saved yet", ""),

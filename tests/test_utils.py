@@ -338,7 +338,7 @@ def test_failing_gpu_is_explained_and_continued_only_where_that_can_help(
     error, message, monkeypatch, capsys
 ):
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # pytest has handlers of its own
-    monkeypatch.setattr(utils._Ending, "command", "go")
+    monkeypatch.setattr(utils, "_command", "go")
     monkeypatch.setattr(utils, "_store", object())  # as if there were other processes
     expected = SystemExit if message else type(error)  # an error of ours keeps its traceback
     with pytest.raises(expected) as end, utils.explained_exit("all safe", "less"):
