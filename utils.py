@@ -944,7 +944,8 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} cannot be used: {reason_of(error)}.\n"
             "Expected a checkpoint written by train.py: use another one, or train again"
         ) from error
-    return checkpoint | {"constants": with_defaults(checkpoint)}
+    checkpoint["constants"] = with_defaults(checkpoint)
+    return checkpoint
 
 
 def reason_of(error: Exception) -> str:
@@ -964,9 +965,11 @@ def shorten(text: str) -> str:
 
 def with_defaults(run: dict) -> dict:
     """The constants of a run; one that was added since has its default in train.py."""
-    constants = read_script(str(Path(__file__).with_name("train.py"))).constants
-    defaults = {name: constant.value for name, constant in constants.items()}
-    return defaults | {"dataset": run["dataset"]} | run["constants"]
+    flags = read_script(str(Path(__file__).with_name("train.py"))).constants
+    constants = {name: constant.value for name, constant in flags.items()}
+    constants["dataset"] = run["dataset"]
+    constants |= run["constants"]
+    return constants
 
 
 def find_checkpoint(path: Path, args: argparse.Namespace) -> dict | None:
@@ -1185,11 +1188,12 @@ _command = ""  # which continues it
 def _note_what_is_safe(path: Path, history: list[dict]) -> None:
     global _safe, _command
     flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+    if "--resume-if-saved" not in flags:
+        flags.append("--resume")
     launcher = "torchrun ..." if this_process().launcher else "python"
-    resume = [] if "--resume-if-saved" in flags else ["--resume"]
     saved = f"epoch {history[-1]['epoch']}" if history else "the start"
     _safe = f"{saved} is safe in {path}"
-    _command = f"{launcher} {quote_command(['train.py', *flags, *resume])}"
+    _command = f"{launcher} {quote_command(['train.py', *flags])}"
 
 
 def _state() -> str:
