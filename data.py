@@ -351,7 +351,8 @@ def compute_checksums(split: Split) -> Sequence[int]:
     """The crc32 of each image's pixels (N,); those of a folder are known since it was decoded."""
     if split.checksums:
         return split.checksums
-    return [zlib.crc32(np.ascontiguousarray(image)) for image in split.images.numpy()]
+    images = (split.image(index).contiguous().numpy() for index in range(len(split.labels)))
+    return [zlib.crc32(image) for image in images]
 
 
 # ---- CIFAR-100 and digits -----------------------------------------------------------------------

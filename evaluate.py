@@ -532,7 +532,10 @@ def differences(run: Result, other: Result) -> dict[str, dict]:
 def require_one_recipe(runs: list[Result]) -> None:
     """Raises UserError unless the runs differ in SEED, each from all others, and in nothing else."""
     seeds = [run.summary["constants"]["seed"] for run in runs]
-    names = sorted({name for run in runs for name in differences(run, runs[0])} - {"seed"})
+    may_differ = {"seed"}
+    if all(run.summary["constants"]["minutes"] for run in runs):
+        may_differ |= utils.CHOSEN_BY_THE_CLOCK  # by the speed of the machine
+    names = sorted({name for run in runs for name in differences(run, runs[0])} - may_differ)
     if names or len({*seeds}) < len(seeds):
         found = f"differ in {', '.join(names).upper()}" if names else f"have SEED {seeds}"
         folders = ", ".join(run.folder for run in runs)

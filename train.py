@@ -223,8 +223,8 @@ def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespa
         return args
     settings = dict(MINUTES_SETTINGS)
     if of_run:
-        chosen = ["IMAGE_SIZE", "FREEZE_STAGES", "FREEZE_BATCH_NORM", "VAL_IMAGES"]
-        for name in [*settings, *chosen]:
+        chosen = [name.upper() for name in utils.CHOSEN_BY_THE_CLOCK]
+        for name in [*settings, *chosen, "VAL_IMAGES"]:
             settings[name] = of_run[name.lower()]
     return utils.parse_flags(__file__, argv, settings)
 

@@ -399,7 +399,7 @@ _leaves = threading.Event()  # set once this process needs the others no longer
 _first_failure: list | None = None  # of all processes: its rank, and why it ended
 PATIENCE = timedelta(hours=12)  # how long they wait for one that downloads or decodes pictures
 START = 600  # seconds that they wait for one that has not begun
-SILENCE = 60  # seconds without a sign of life after which a process counts as lost
+SILENCE = 20  # seconds without a sign of life after which a process counts as lost
 
 
 def connect(device_name: str) -> torch.device:
@@ -469,12 +469,19 @@ def _watch_others() -> None:
     It runs in a thread of its own, with a connection of its own, because a collective neither
     returns nor handles signals until every process has come. Each process watches the next one.
     """
+    global _first_failure
     store = None
     try:
         store = _open_store(START)
         failed = _wait_for_failure(store)
-    except (dist.DistError, UserError):  # the process that keeps the store has ended
+    except (dist.DistError, UserError):
         failed = not _leaves.wait(5)
+        if failed and _first_failure is None:  # and nobody is left to ask why
+            nobody = -1
+            reason = (
+                "another process cannot be reached: the one that keeps the run's store has ended"
+            )
+            _first_failure = [nobody, reason]
     if failed and not _leaves.is_set():
         signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
         if not _leaves.wait(5):  # in a collective
@@ -724,6 +731,7 @@ RUN_FILES = ("last.pt", "best.pt", *EXTRAS)
 CHECKPOINT_PATIENCE = 5  # seconds for which another program may keep last.pt or best.pt
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
+CHOSEN_BY_THE_CLOCK = {"image_size", "freeze_stages", "freeze_batch_norm"}  # with MINUTES
 WHERE_AND_HOW |= {"val_images", "val_batch_size", "resume", "resume_if_saved", "curves"}
 
 

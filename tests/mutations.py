@@ -160,6 +160,8 @@ FAULTS = [
     ("utils.py", "if first.get(name) != other.get(name):", "if False:", PROCESSES),
     ("utils.py", "if store.check([\"failed\"]):", "if False:", PROCESSES + " -k 'fails or silent'"),
     ("utils.py", "        if not _leaves.wait(5):  # in a", "        if False:  # in a", PROCESSES + " -k silent"),
+    ("utils.py", "_first_failure = [nobody, reason]", "pass", PROCESSES + " -k keeps_the_store"),
+    ("evaluate.py", "may_differ |= utils.CHOSEN_BY_THE_CLOCK", "pass", CLOCK + " -k one_recipe"),
     ("utils.py", "patience = SILENCE if beats else START", "patience = START", PROCESSES + " -k silent"),
     ("utils.py", "_announce(store, this.rank, reason)", "[this.rank, reason]", PROCESSES + " -k 'fails or flag'"),
     ("utils.py", "if _store is None or not isinstance(error, RuntimeError):", "if False:", "tests/test_utils.py"),

@@ -235,6 +235,19 @@ def test_runs_that_differ_in_seed_alone_have_the_same_settings(folder, machine):
     assert evaluate.differences(*runs).keys() == {"seed"}
 
 
+def test_runs_whose_settings_the_clock_chose_are_of_one_recipe():
+    def make_runs(minutes: float) -> list[Namespace]:
+        runs = []
+        for seed in (0, 1):
+            constants = {"seed": seed, "minutes": minutes, "freeze_stages": 1 + seed}
+            runs.append(Namespace(summary={"tta": False, "constants": constants}, folder=f"{seed}"))
+        return runs
+
+    evaluate.require_one_recipe(make_runs(10.0))
+    with pytest.raises(utils.UserError, match="0, 1 differ in FREEZE_STAGES. Expected one recipe"):
+        evaluate.require_one_recipe(make_runs(0.0))
+
+
 def test_mixing_and_warm_up_go_with_minutes(folder, machine):
     train.main([*RUN, "--mixup", "0.2", "--cutmix", "1", "--warmup-epochs", "0.5"])
     assert 0.95 * 60 < machine.now <= 59

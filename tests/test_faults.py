@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scripts import TINY, Script, assert_same, link_run, load, run_script, settings
 from torchvision.datasets import CIFAR100
 
@@ -238,6 +239,17 @@ def test_log_tells_progress_in_lines(finished_run, tmp_path):
     assert "\r" not in script.stderr
     for expected in (r"^epoch 3: 100%.* 40/40 .*loss=\d", r"^predict: .*/1 "):
         assert re.search(expected, script.stderr, re.MULTILINE), script.stderr
+
+
+def test_log_tells_the_progress_of_decoding(tmp_path):
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (9, 9)).save(tmp_path / "photos" / name / f"{number}.png")
+    flags = "--dataset photos --stored-size 32 --weights= --epochs 1 --batch-size 2 --no-curves"
+    flags += " --image-size 32 --architecture resnet18 --precision fp32"
+    script = run_script("train.py", *flags.split(), cwd=tmp_path, prepare=write_every_state)
+    assert re.search(r"^decode: .*/6 ", script.stderr, re.MULTILINE), script.stderr
 
 
 # ---- numbers that are not finite ----------------------------------------------------------------

@@ -293,6 +293,18 @@ def test_machine_that_falls_silent_ends_the_other_one(place, how, tmp_path):
     assert ("the start is safe in" in scripts[0].stderr) == collective
 
 
+def read_for_long(rank: int, port: int) -> None:
+    """On one machine of two; the first, which keeps the store, is killed while the other reads."""
+    fail_at("data.read_splits", be_killed, 0, rank, port)
+    fail_at("data.read_splits", lambda *_, **__: time.sleep(60), 1, rank, port)
+
+
+def test_machine_that_keeps_the_store_and_is_killed_ends_one_that_is_busy(tmp_path):
+    killed, busy = run_two(tmp_path, RUN, RUN, prepare=read_for_long)
+    assert (killed.status, busy.status) == (-signal.SIGKILL, 1)
+    assert "stopped  another process cannot be reached: the one that keeps the run" in busy.stderr
+
+
 def test_process_that_finds_no_other_says_where_it_looked(tmp_path, monkeypatch):
     port = find_free_port()
     for name, value in torchrun_environment(1, port).items():
