@@ -175,6 +175,7 @@ def fake_gpu(free: float) -> Iterator[FakeGPU]:
             mem_get_info=lambda device=None: (free, free),
             get_device_name=lambda device=None: "fake GPU",
             get_device_capability=lambda device=None: (9, 0),
+            is_bf16_supported=lambda including_emulation=True: True,
         ),
         patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
         patch("torch.save", save_from_gpu),
