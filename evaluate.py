@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
             utils.refuse_flag("compare", args.compare, f"{expected}--compare")
     if args.export and Path(args.export).suffix not in (".pt2", ".onnx"):
         utils.refuse_flag("export", args.export, "a name that ends in .pt2 or .onnx")
+    if args.export and not Path(args.export).parent.is_dir():
+        utils.refuse_flag("export", args.export, "a folder that exists")
     if args.export and (args.images or args.results):
         utils.refuse_flag("export", args.export, "neither --images nor --results beside it")
     if args.results:
@@ -151,8 +153,8 @@ class Result:
     """What a network predicts for N test images, and the figures that follow."""
 
     classes: list[str]
-    labels: np.ndarray  # class numbers (N,), as predicted
-    predicted: np.ndarray
+    labels: np.ndarray  # class numbers (N,)
+    predicted: np.ndarray  # class numbers (N,)
     confidence: np.ndarray  # softmax of the predicted class (N,)
     folder: str
     summary: dict  # what metrics.json holds
@@ -188,7 +190,10 @@ def read_test_images(classifier: Classifier, args: Namespace) -> tuple[data.Spli
     else:
         kind = f"images of {Path(name, part)}"
     utils.say("data", f"{name}: {len(split.labels):,} {kind}")
-    validated = dataset == classifier.checkpoint.get("validation", dataset)
+    if "validation" in classifier.checkpoint:
+        validated = dataset == classifier.checkpoint["validation"]
+    else:
+        validated = part != "test"  # earlier versions validated on the others
     selected = part == "holdout" or (validated and not held_out)
     if selected:
         note = "the checkpoint was selected on these images: the numbers are optimistic"
@@ -212,15 +217,18 @@ def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.
     data.fetch(settings)
     source = "train" if part == "holdout" else part
     split, classes = data.read_images(settings, source, classifier.classes)
-    if source == "train" and classes == classifier.classes:
+    if source == "train" and classes == classifier.classes:  # other classes are refused below
         split = split.named()  # after their places in the official files
         train, holdout = data.split_images(split, classes, settings)
         split = train if part == "train" else holdout
     split = data.leave_out_undecoded(split, settings)
     dataset = data.identify(settings, split)
-    expected = dataset
-    if source == "train":
-        expected = checkpoint.get("dataset" if part == "train" else "validation", dataset)
+    if part == "train":
+        expected = checkpoint["dataset"]
+    elif part == "holdout":
+        expected = checkpoint.get("validation", dataset)  # which older ones lack
+    else:
+        expected = dataset  # val/ and test/ may hold any images of these classes
     if classes != classifier.classes or dataset != expected:
         raise utils.UserError(
             f"{settings.dataset} is not what {classifier.path} was trained on: "
@@ -349,11 +357,17 @@ def find_confused_pairs(cells: np.ndarray, classes: list[str]) -> list[dict]:
     """Pairs of confused classes, most mistakes first; "true" is the class mistaken more often."""
     counts = {(true, predicted): images for true, predicted, images in cells.T.tolist()}
     pairs = []
-    for true, predicted in sorted(counts, key=lambda cell: (max(cell), min(cell))):
-        images, other_way = counts[true, predicted], counts.get((predicted, true), 0)
-        if images > other_way or (images == other_way and true < predicted):
-            pair = {"true": classes[true], "taken_for": classes[predicted]}
-            pairs.append(pair | {"images": images, "other_way": other_way})
+    # Pairs with as many mistakes stay in this order: by the higher class number, then the lower.
+    for high, low in sorted({(max(cell), min(cell)) for cell in counts}):
+        if high == low:
+            continue  # predicted right
+        true, predicted = high, low
+        if counts.get((low, high), 0) >= counts.get((high, low), 0):
+            true, predicted = low, high
+        pair = {"true": classes[true], "taken_for": classes[predicted]}
+        pair["images"] = counts[true, predicted]
+        pair["other_way"] = counts.get((predicted, true), 0)
+        pairs.append(pair)
     return sorted(pairs, key=lambda pair: -pair["images"] - pair["other_way"])
 
 
@@ -457,11 +471,13 @@ def read_result(folder: str, like: Result | Namespace | None = None) -> Result:
         if len(rows) != summary["images"]:
             raise ValueError(f"it has {len(rows):,} images, not {summary['images']:,}")
         table = [",".join(row[:4]) for row in rows]  # without names
-        *numbers, confidence = np.loadtxt(table, delimiter=",", ndmin=2).T
-        indices, labels, predicted = np.array(numbers, int)
+        columns = np.loadtxt(table, delimiter=",", ndmin=2).T
+        indices, labels, predicted = columns[:-1].astype(int)
+        confidence = columns[-1]
         path = Path(folder)  # what follows compares one of its files with another
         result = Result(classes, labels, predicted, confidence, folder, summary)
-        like = like or result
+        if like is None:
+            like = result  # it need only agree with itself
         dataset = like.summary["dataset"]
         if summary["dataset"] != dataset:
             raise ValueError(f"its data set is {summary['dataset']!r}, not {dataset!r}")
@@ -533,7 +549,7 @@ def require_one_recipe(runs: list[Result]) -> None:
     """Raises UserError unless the runs differ in SEED, each from all others, and in nothing else."""
     seeds = [run.summary["constants"]["seed"] for run in runs]
     may_differ = {"seed"}
-    if all(run.summary["constants"]["minutes"] for run in runs):
+    if all(run.summary["constants"].get("minutes") for run in runs):
         may_differ |= utils.CHOSEN_BY_THE_CLOCK  # by the speed of the machine
     names = sorted({name for run in runs for name in differences(run, runs[0])} - may_differ)
     if names or len({*seeds}) < len(seeds):
@@ -547,19 +563,20 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
 
     correct, other_correct: bool (runs, N). Two variances add up: that of the accuracies from run to
     run, pooled, and that of the difference from image to image, less the noise within the runs,
-    which the first contains. The interval is Student's t. Satterthwaite (1946, doi:10.2307/3002019)
-    divides the runs' degrees of freedom by the square of their share of the variance, which covers
-    the truth 92 to 95 % of the time with two runs a side; divided by the share itself, 94 to 96 %
-    (tests/test_compare.py). A single run a side has the images' part alone, and McNemar's exact
-    test (1947, doi:10.1007/BF02295996).
+    which the first contains. The interval is Student's t; its degrees of freedom are those of the
+    runs, divided by the runs' share of the variance. With two runs a side it covers the truth 94 to
+    96 % of the time (tests/test_compare.py); divided by the square of the share, as Satterthwaite
+    does (1946, doi:10.2307/3002019), 92 to 95 %. A single run a side has the images' part alone,
+    and McNemar's exact test (1947, doi:10.1007/BF02295996).
     """
     runs, other_runs, count = len(correct), len(other_correct), correct.shape[1]
     per_image = correct.mean(0) - other_correct.mean(0)
     difference = per_image.mean()
-    noise = np.concatenate([side - side.mean(0) for side in (correct, other_correct)])
-    freedom = max(runs + other_runs - 2, 1)
-    run_variance = np.square(noise.mean(1)).sum() / freedom
-    noise_variance = noise.var(1, ddof=1).sum() / freedom / count
+    # How each run deviates from the mean of its recipe, image by image: (runs + other_runs, N)
+    deviations = np.concatenate([correct - correct.mean(0), other_correct - other_correct.mean(0)])
+    freedom = max(runs + other_runs - 2, 1)  # with a single run a side, all deviations are 0
+    run_variance = np.square(deviations.mean(1)).sum() / freedom  # of the runs' accuracies
+    noise_variance = deviations.var(1, ddof=1).sum() / freedom / count
     run_variance = run_variance or noise_variance  # accuracies that are equal are so by chance
     of_images = per_image.var(ddof=1) / count - noise_variance * (1 / runs + 1 / other_runs)
     of_images = max(of_images, 0)
@@ -567,8 +584,9 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     def width(more: int) -> float:
         """Half of the interval with so many more runs of each recipe."""
         of_runs = run_variance * (1 / (runs + more) + 1 / (other_runs + more))
-        share = max(of_runs / max(of_runs + of_images, 1e-30), 1e-9)
-        return stats.t.ppf(0.975, (freedom + 2 * more) / share) * np.sqrt(of_runs + of_images)
+        variance = of_runs + of_images
+        share = max(of_runs / max(variance, 1e-30), 1e-9)  # the limits avoid a division by 0
+        return stats.t.ppf(0.975, (freedom + 2 * more) / share) * np.sqrt(variance)
 
     interval = [difference - width(0), difference + width(0)]
     comparison = {"difference": difference, "difference_interval_95": interval}
@@ -861,7 +879,7 @@ def describe_check(check: DataCheck) -> Lines:
 # ---- tables and pictures ------------------------------------------------------------------------
 
 # Files of an earlier evaluation that this one may not have, and what earlier versions drew
-outdated = "superclass_confusion_matrix.png comparison.png training_curves.png duplicates.csv "
+outdated = "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png duplicates.csv "
 outdated += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
 outdated += "duplicates.png suspect_labels.png"
 
@@ -1102,7 +1120,10 @@ def write_report(
     effect = "did not select the checkpoint"
     if summary["test_images_chose_checkpoint"]:
         effect = "selected the checkpoint: optimistic"
-    measured = ("images", f"{summary['images']:,} of {summary['dataset']}, which {effect}")
+    images_of = summary["dataset"]  # of a folder, "120 pictures" and their checksum
+    if images_of in data.BUILT_IN:
+        images_of = f"{summary['images']:,} test images of {images_of}"
+    measured = ("images", f"{images_of}, which {effect}")
     page = {
         "title": f"{summary['checkpoint']}, epoch {summary['epoch']}",
         "lines": [measured, *lines["numbers"], *lines.get("comparison", [])],
@@ -1124,14 +1145,17 @@ def write_report(
 
 def order_by_interest(result: Result) -> list[int]:
     """The images for the page, which may not have room for all, the most wanted first."""
-    surest, seen, rank = np.argsort(-result.confidence, kind="stable"), Counter(), []
+    surest = np.argsort(-result.confidence, kind="stable")
     wrong, right = surest[~result.correct[surest]], surest[result.correct[surest]]
+    places, count = [], Counter()  # place of a right image among those of its class: 0, the surest
     for label in result.labels[right].tolist():
-        rank.append(seen[label])
-        seen[label] += 1
-    right = right[np.argsort(rank, kind="stable")]  # the surest of each class, then the second ...
+        places.append(count[label])
+        count[label] += 1
+    right = right[
+        np.argsort(places, kind="stable")
+    ]  # the surest of each class, then the second ...
     order = np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])
-    return order[:20_000].tolist()  # there is room for fewer
+    return order[:20_000].tolist()
 
 
 def list_tables(result: Result) -> list[dict]:
@@ -1494,11 +1518,11 @@ function showEvaluation() {
   find("evaluation").hidden = false;
   drawMatrix();
   matchMedia("(prefers-color-scheme: dark)").onchange = drawMatrix;
+  const hint = find("tip").textContent;
   find("matrix").onmousemove = event => {
-    const cell = cellAt(event);
-    if (!cell) return;
-    const [t, p, number] = cell;
-    find("tip").textContent = `${nameCell(t, p)}: ${number} of ${support[t]} images`;
+    const cell = cellAt(event), [t, p, number] = cell || [];
+    find("tip").textContent =
+      cell ? `${nameCell(t, p)}: ${number} of ${support[t]} images` : hint;
   };
   find("matrix").onclick = event => {
     const cell = cellAt(event);
@@ -1533,9 +1557,10 @@ def classify_pictures(classifier: Classifier, args: Namespace, folder: Path) -> 
     batches = data.read_pictures(args.images, size, whole, constants["val_batch_size"])
     count, figures, total = min(5, len(classes)), [], 0
     header = [f"{name}_{i + 1}" for i in range(count) for name in ("class", "probability")]
-    with explained_writing(folder):
-        write_csv(table, [["file", *header]])
     for files, images in batches:
+        if total == 0:
+            with explained_writing(folder):
+                write_csv(table, [["file", *header]])
         top = classifier.predict(images).mean(0).softmax(1).topk(count)
         rows, captions = [], []
         for file, numbers, shares in zip(files, top.indices.tolist(), top.values.tolist()):

@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
     device = utils.connect(args.device)
     with utils.lock_folder(last.parent) or nullcontext():
         args, checkpoint = find_run(argv, args, last)
-        precision = utils.choose_precision((checkpoint or vars(args))["precision"], device)
+        wanted = checkpoint["precision"] if checkpoint else args.precision
+        precision = utils.choose_precision(wanted, device)
         utils.say("device", f"{utils.device_name(device)}, {precision}")
 
         # Data, model, and what the time allows
@@ -189,11 +190,14 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> None:
         metadata = {"constants": vars(args), "precision": precision, "launcher": this.launcher}
         metadata |= facts
         history = restore_or_start(checkpoint, last, run, metadata)
+        last_epoch = args.epochs
+        if checkpoint and clock.is_over(history, args.batch_size, len(train_loader)):
+            last_epoch = clock.trained
         checkpoint = None  # frees its memory
 
         # Wrap, train
         run.network = resnet.wrap_network(model, args.compile)
-        for epoch in range(clock.trained + 1, args.epochs + 1):
+        for epoch in range(clock.trained + 1, last_epoch + 1):
             if should_stop(history, args):
                 break
             start = time.perf_counter()
@@ -230,7 +234,7 @@ def read_settings(argv: list[str] | None, of_run: dict | None = None) -> Namespa
 
 
 def find_run(argv: list[str] | None, args: Namespace, last: Path) -> tuple[Namespace, dict | None]:
-    """The checkpoint to continue from and the constants to go on with; None for a new run."""
+    """The constants to go on with and the checkpoint to continue from; None for a new run."""
     checkpoint = utils.from_rank_0("checkpoint", lambda: utils.find_checkpoint(last, args))
     if checkpoint:
         args = read_settings(argv, checkpoint["constants"])
@@ -298,14 +302,18 @@ def train_one_epoch(run: "Run", loader: data.TrainLoader, epoch: int, args: Name
             require_finite(mean_loss, "training", f"epoch {epoch}, by step {step}", rate)
             bar.set_postfix(loss=f"{mean_loss:.3f}")
             run.end = min(args.epochs, run.clock.read(done))
-        if done + 1 / steps > run.end + 1e-9:  # the next step would be too late
+        if done + 1 / steps > run.end + 1e-9:  # no time for another step; 1e-9 is for rounding
             break
     bar.close()
-    speed, share = step * loader.batch_size / (time.perf_counter() - start), len(labels)
-    loss, accuracy = utils.mean_over_processes(loss_sum * share, correct_sum, count=step * share)
+    speed = step * loader.batch_size / (time.perf_counter() - start)
+    images_per_step = len(labels)  # of this process, the same in every step
+    loss, accuracy = utils.mean_over_processes(
+        loss_sum * images_per_step, correct_sum, count=step * images_per_step
+    )
     if run.scaler.is_enabled():
         tell_skipped_steps(run, step)
-    figures = {"learning_rate": learning_rate_at(run, args, epoch - 0.5), "train_loss": loss}
+    middle = epoch - 1 + step / steps / 2  # of what was trained
+    figures = {"learning_rate": learning_rate_at(run, args, middle), "train_loss": loss}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
 
 
@@ -500,22 +508,23 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     the features of all images. Loss and accuracy are those of the last of the head's epochs.
     """
     start, head, clock = time.perf_counter(), run.model.fc, run.clock
-    left = clock.seconds_left()
+    left = clock.seconds_left()  # infinite without MINUTES
     end = start + (1 - clock.head_share) * left
     features, labels = compute_features(run, loader, args, end)
     clock.image_seconds = (time.perf_counter() - start) / len(features)
     images = f"{len(features):,} of {len(loader.labels):,} images"
     has_all = len(features) == len(loader.labels)
-    seconds = None
-    if clock.is_limited and not (has_all and clock.is_network_worth_it(args.batch_size)):
-        run.end = 0
+    if not clock.is_limited or (has_all and clock.is_network_worth_it(args.batch_size)):
+        seconds = None  # the network trains afterwards; the head gets HEAD_EPOCHS
+    else:
+        run.end = 0  # main() stops after this epoch
         if has_all:
             mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
             features = torch.cat([features, mirrored])
             labels = torch.cat([labels, labels[: len(mirrored)]])
             images += f" and {len(mirrored):,} mirrored ones"
         # Rather late than untrained, if the machine has become slower
-        seconds = max(clock.seconds_left(), clock.head_share * left / 2)
+        seconds = max(clock.seconds_left(), clock.head_share * left / 2, 1)
     curve = fit_head(head, features, labels, args, run.class_weights, seconds)
     utils.broadcast(head.state_dict().values())  # unlike GPUs may round differently
     if run.average is not None:
@@ -552,9 +561,11 @@ def fit_head(
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         loss_sum, correct_sum = features.new_zeros(2)
         for step, batch in enumerate(order.split(batch_size)[:steps], start=1):
-            progress = (len(sums) + (step - 0.5) / steps) / args.head_epochs
-            if seconds is not None:
+            if seconds is None:
+                progress = (len(sums) + (step - 0.5) / steps) / args.head_epochs
+            else:
                 progress = min(1, (time.perf_counter() - start) / seconds)
+                is_over = progress == 1  # after this step, whose rate is 0
             optimizer.param_groups[0]["lr"] = args.head_learning_rate * cosine(progress)
             logits = head(features[batch])
             loss = compute_loss(logits, labels[batch], args, class_weights)
@@ -563,11 +574,12 @@ def fit_head(
             optimizer.step()
             loss_sum += loss.detach()
             correct_sum += (logits.detach().argmax(1) == labels[batch]).sum()
-            if progress == 1:
+            if is_over:
                 break
         sums.append(torch.stack([loss_sum, correct_sum]))
         counts.append(step)
-        is_over = progress == 1 or (seconds is None and len(sums) == args.head_epochs)
+        if seconds is None:
+            is_over = len(sums) == args.head_epochs
     sums = torch.stack(sums).tolist()  # here alone the host waits
     return [(loss / n, correct / (n * batch_size)) for (loss, correct), n in zip(sums, counts)]
 
@@ -582,7 +594,8 @@ def compute_features(
     """
     generator = torch.Generator().manual_seed(utils.mix_seed(args.seed, 0))
     order = torch.randperm(len(loader.labels), generator=generator)
-    padding = order[: -len(order) % loader.world_size]  # as many images for each process
+    missing = -len(order) % loader.world_size
+    padding = order[:missing]  # so that each process has as many images
     share = torch.cat([order, padding])[loader.rank :: loader.world_size]
     share = loader.rows[share.to(loader.rows.device)]
     sizes = args.val_batch_size, args.image_size
@@ -685,15 +698,15 @@ def choose_settings(
     speed = measure_forward(model, train_split.stored, utils.DTYPES[precision])
     seconds, train_images = clock.seconds_left(), len(train_split.labels)
     passes = seconds * speed / train_images
-    for least, (image_size, stages) in MINUTES_TABLE.items():
-        if passes >= least:
-            break
-    else:
-        minutes = args.minutes + (least * train_images / speed - seconds) / 60
+    reached = [line for least, line in MINUTES_TABLE.items() if passes >= least]
+    if not reached:
+        least_seconds = min(MINUTES_TABLE) * train_images / speed
+        minutes = args.minutes + (least_seconds - seconds) / 60
         raise utils.UserError(
             f"--minutes {args.minutes:g} is too short: expected {math.ceil(10 * minutes) / 10:g} "
             "or more on this machine"
         )
+    image_size, stages = reached[0]
     settings = dict(MINUTES_SETTINGS)
     settings["IMAGE_SIZE"] = image_size
     settings["FREEZE_STAGES"] = stages

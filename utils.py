@@ -84,7 +84,7 @@ def _parse(script_name: str, source: str) -> Script:
         if not (isinstance(target, ast.Name) and target.id.isupper()):
             continue
         line = lines[node.end_lineno - 1].encode()  # offsets count bytes
-        comment = line[node.end_col_offset :].decode()
+        comment = line[node.end_col_offset :].decode().strip()
         meaning, allowed = re.fullmatch(r"[\s#]*(.*?)\s*(\[.*\])?", comment).groups()
         try:
             value, allowed = ast.literal_eval(node.value), ast.literal_eval(allowed or "[]")
@@ -221,17 +221,18 @@ def quote_command(words: list[str], windows: bool = sys.platform == "win32") -> 
 
 def _check_setting(name: str, value: object, constant: Constant) -> None:
     """Refuses a value that is out of its range, not among its choices, or an empty string."""
-    expected, allowed = constant.meaning, constant.allowed
+    allowed = constant.allowed
     if not allowed:
-        fits = value != "" or '""' in constant.meaning
+        if value == "" and '""' not in constant.meaning:
+            refuse_flag(name, value, constant.meaning)
     elif isinstance(allowed[0], str):
-        fits, expected = value in allowed, f"one of {', '.join(allowed)}"
+        if value not in allowed:
+            refuse_flag(name, value, f"one of {', '.join(allowed)}")
     else:
         low, high = allowed
-        fits, expected = isinstance(value, int | type(low)), f"{low:,} to {high:,}"
-        fits = fits and low <= value <= high  # False for NaN too
-    if not fits:
-        refuse_flag(name, value, expected)
+        kinds = (int, type(low))  # a whole number will do for a fraction
+        if not (isinstance(value, kinds) and low <= value <= high):  # refuses NaN too
+            refuse_flag(name, value, f"{low:,} to {high:,}")
 
 
 # ---- device and precision -----------------------------------------------------------------------
@@ -244,28 +245,32 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
     MPS is untested, so "auto" never chooses it.
     """
-    if name in ("auto", "cuda"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            available = torch.cuda.is_available()
-        if available:
-            return _set_up_gpu(local_rank)
-        if caught:  # a driver is there, but torch cannot use it: usually an old one
-            reason = str(caught[0].message).splitlines()[0]
-            raise UserError(
-                f"There is a GPU, but torch {torch.__version__} cannot use it: {reason}\n"
-                "Update the driver, install a torch built for it, or run with --device cpu"
-            )
+    if name in ("auto", "cuda") and _can_use_cuda():
+        return _set_up_gpu(local_rank)
     if name == "cuda" or (name == "mps" and not torch.backends.mps.is_available()):
         raise UserError(
             f"--device {name}: torch {torch.__version__} finds none here. Try --device auto"
         )
+    if name == "mps":
+        return torch.device("mps")
     if name == "auto":
         _mention_idle_gpu()
-    device = torch.device("cpu" if name == "auto" else name)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    return device
+    _keep_freed_memory()
+    return torch.device("cpu")
+
+
+def _can_use_cuda() -> bool:
+    """Whether there is a GPU for torch. Raises UserError if its driver, often an old one, is not."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if caught and not available:
+        reason = str(caught[0].message).splitlines()[0]
+        raise UserError(
+            f"There is a GPU, but torch {torch.__version__} cannot use it: {reason}\n"
+            "Update the driver, install a torch built for it, or run with --device cpu"
+        )
+    return available
 
 
 def _mention_idle_gpu() -> None:
@@ -473,19 +478,20 @@ def _watch_others() -> None:
     store = None
     try:
         store = _open_store(START)
-        failed = _wait_for_failure(store)
-    except (dist.DistError, UserError):
-        failed = not _leaves.wait(5)
-        if failed and _first_failure is None:  # and nobody is left to ask why
+        if not _wait_for_failure(store):
+            return
+    except (dist.DistError, UserError):  # the store cannot be reached
+        if _leaves.wait(5):  # nor need it be: this process has finished
+            return
+        if _first_failure is None:  # and nobody is left to ask why
             nobody = -1
-            reason = (
-                "another process cannot be reached: the one that keeps the run's store has ended"
-            )
+            reason = "another process cannot be reached: the one that keeps the run's store is gone"
             _first_failure = [nobody, reason]
-    if failed and not _leaves.is_set():
-        signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
-        if not _leaves.wait(5):  # in a collective
-            os._exit(_report("stopped  another process cannot be reached", store=store))
+    if _leaves.is_set():  # it is ending already
+        return
+    signal.raise_signal(signal.SIGTERM)  # the main thread ends the script, unless it waits
+    if not _leaves.wait(5):  # in a collective
+        os._exit(_report("stopped  another process cannot be reached", store=store))
 
 
 def _wait_for_failure(store: dist.Store) -> bool:
@@ -551,7 +557,8 @@ def exchange(what: str, value: str = "") -> list[str]:
 
 def require_same_run(args: argparse.Namespace, facts: dict[str, object]) -> None:
     """Raises UserError, on every process, unless the constants and facts of all are the same."""
-    constants = {name.upper(): x for name, x in vars(args).items() if name not in WHERE_AND_HOW}
+    may_differ = WHERE_AND_HOW - {"log_every"}  # at readings of the loss the clocks are compared
+    constants = {name.upper(): x for name, x in vars(args).items() if name not in may_differ}
     own = constants | facts | {"torch": torch.__version__}
     first, *others = [json.loads(answer) for answer in exchange("facts", json.dumps(own))]
     for rank, other in enumerate(others, start=1):
@@ -627,7 +634,7 @@ class Clock:
     """
 
     head_share = 0.1  # of the time, for the head, where there is none for the network
-    # Fewer steps make the network worse than its head alone: 32 of 64 images cost 4.6 points (2.9 to
+    # Fewer steps make the network worse than its head alone: 32 steps of 64 images cost 4.6 points (2.9 to
     # 6.3) of 69.2 % on 2,000 held-out images, 94 cost 1.4 (-0.4 to 3.1), 250 gained 2.6.
     least_steps = 150
 
@@ -696,6 +703,14 @@ class Clock:
         fits = self.seconds_left() > 2 * self.closing_seconds
         return of_rank_0(is_cheap and fits)
 
+    def is_over(self, history: list[dict], batch_size: int, steps: int) -> bool:
+        """Whether a resumed run had ended: there is no time for another step, of steps per epoch."""
+        if not (self.is_limited and history and history[-1]["epoch"] == self.trained):
+            return False
+        if self.trained == 0:
+            return not self.is_network_worth_it(batch_size)
+        return of_rank_0(self.seconds_left() < self.epoch_seconds / steps)
+
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs to go on with the time that is left."""
         return {
@@ -704,6 +719,7 @@ class Clock:
             "image_seconds": self.image_seconds,
             "epoch_seconds": self.epoch_seconds,
             "trained": self.trained,
+            "done": self.done,
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -712,6 +728,7 @@ class Clock:
         self.image_seconds = state["image_seconds"]
         self.epoch_seconds = state["epoch_seconds"]
         self.trained = state["trained"]
+        self.done = state.get("done", 0.0)  # which the first version lacks
 
 
 # ---- checkpoints: format, writing, reading, finding, restoring ----------------------------------
@@ -873,21 +890,22 @@ def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see
     star = f"best epoch by validation {watch}: {best['epoch']:.0f}"
     figure = Figure((11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)  # pyplot would open a window
-    for place, (name, axes) in enumerate(zip(("loss", "accuracy"), figure.subplots(1, 2))):
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for name, axes, index in (("loss", loss_axes, 0), ("accuracy", accuracy_axes, 1)):
         axes.plot(epochs, column[f"train_{name}"], "o--", label=training, **dots)
         axes.plot(epochs, column[f"val_{name}"], "s-", label="validation", **dots)
         axes.plot(best["epoch"], best[f"val_{name}"], "*", ms=15, color="crimson", label=star)
         if head:
-            values = [row[place] for row in head]
+            values = [pair[index] for pair in head]  # of loss and accuracy
             axes.plot(head_places, values, label="the head's epochs, together -1 to 0")
-        axes.set(xlabel="epoch", ylabel={"loss": "loss (cross-entropy, nats)"}.get(name, name))
+        axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         right = axes.twinx()
         right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
         right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    figure.axes[0].set_ylim(0, None)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    loss_axes.set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+    figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
@@ -996,14 +1014,15 @@ def require_same_settings(checkpoint: dict, path: Path, args: argparse.Namespace
     """Raises UserError if a constant differs that determines what the checkpoint's run computes."""
     may_change = {"minutes", "epochs", "scheduler_patience", "early_stopping_patience"}
     may_change |= WHERE_AND_HOW
-    if args.schedule != "plateau":
+    schedule = checkpoint["constants"]["schedule"]
+    if schedule != "plateau":
         may_change.remove("epochs")  # the curve ends there: another number would move it
     if not (args.minutes and checkpoint["constants"]["minutes"]):
         may_change.remove("minutes")  # a run has a clock from its start, or never
     for name, value in vars(args).items():
         stored = checkpoint["constants"].get(name)
         if value != stored and name not in may_change:
-            reason = f", where its {args.schedule} schedule ends" if name == "epochs" else ""
+            reason = f", where its {schedule} schedule ends" if name == "epochs" else ""
             raise UserError(
                 f"{path} was trained with {name.upper()} = {stored!r}{reason}, "
                 f"now it is {value!r}.\n"
@@ -1303,23 +1322,24 @@ def _report(
     """
     global _first_failure
     this = this_process()
-    speaks = this.local_rank == 0  # for all processes of its machine
+    speaks = this.local_rank == 0  # unless the store tells which of its machine reports first
     _leaves.set()
-    try:
-        if this.launcher:
+    if this.launcher:
+        try:
             store = store or _store or _open_store(seconds=3)
             if _first_failure is None:
                 reason = message.strip().removeprefix("stopped  ")
                 reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
                 _first_failure = _announce(store, this.rank, reason)
-            rank, first_reason = _first_failure
-            if rank != this.rank:
-                message, status = f"stopped  {first_reason}", 1
+            failed_rank, first_reason = _first_failure
+            if failed_rank != this.rank:
+                status = 1
+                message = f"stopped  {first_reason}"
                 if _safe not in message:
                     message = f"{message}\n{_state()}"
             speaks = store.add(f"said on machine {this.machine}", 1) == 1
-    except (dist.DistError, UserError):  # the process that keeps the store has ended
-        store = None
+        except (dist.DistError, UserError):  # the process that keeps the store has ended
+            store = None
     if speaks and not quiet:
         with suppress(BrokenPipeError):
             print(message, file=sys.stderr, flush=True)

@@ -169,6 +169,32 @@ def test_head_is_trained_even_if_the_machine_stalls_before_it(folder, machine):
     assert not torch.equal(trained, model.fc[3].weight)
 
 
+def test_head_is_trained_even_if_the_time_is_over_before_it(folder, machine):
+    """The validation alone would take longer than there is."""
+    machine.image_seconds, machine.loss_seconds = 0.5, 0.1
+    train.main([*RUN, "--image-size", "128", "--val-images", "20", "--minutes", "0.7"])
+    assert len(load(folder / "checkpoints" / "last.pt")["history"]) == 1
+
+
+def test_rate_that_is_told_is_that_of_the_middle_of_what_was_trained(folder, machine):
+    """A third of an epoch: at its middle, half of 0.005; 30 steps would be an epoch."""
+    machine.step_seconds, machine.loss_seconds = 4, 0.01
+    train.main([*RUN, "--train-per-class", "12", "--minutes", "1"])
+    row = load(folder / "checkpoints" / "last.pt")["history"][-1]
+    assert row["epoch"] == 1 and row["learning_rate"] == pytest.approx(0.0025, rel=0.15)
+
+
+def test_run_that_has_ended_trains_no_more_when_it_is_resumed(folder, machine, capsys):
+    train.main(RUN)
+    last, steps = load(folder / "checkpoints" / "last.pt"), machine.steps
+    machine.now = 1000.0
+    train.main([*RUN, "--resume"])
+    assert machine.steps == steps
+    assert load(folder / "checkpoints" / "last.pt")["history"] == last["history"]
+    ends = [x.split(": ")[1] for x in capsys.readouterr().out.splitlines() if "finished" in x]
+    assert ends[0] == ends[1] and "0.00" not in ends[0]
+
+
 def test_mirrored_images_train_the_head_where_there_is_no_time_for_the_network(
     folder, machine, capsys
 ):

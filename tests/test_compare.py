@@ -383,7 +383,12 @@ WHOLE = rb"(?s).*"
         ("metrics.json", WHOLE, b'{"loss": 1}', "it has no 'dataset'"),
         ("metrics.json", b'"tta"', b'"views"', "it has no 'tta'"),
         ("metrics.json", b'"digits"', b'"cifar100"', "its data set is 'cifar100', not 'digits'"),
-        ("metrics.json", b'"constants": {', b'"constants": 3, "_": {', "'int' object is not iterable"),
+        (
+            "metrics.json",
+            b'"constants": {',
+            b'"constants": 3, "_": {',
+            "'int' object is not iterable",
+        ),
         ("confusion_matrix.csv", b",9", b",nine", "its classes have other names"),
         ("confusion_matrix.csv", WHOLE, b"", "not enough values to unpack"),
     ],

@@ -151,9 +151,7 @@ def test_page_of_10000_pictures_stays_below_10_megabytes(tmp_path):
 def test_clicks_on_a_cell_a_class_and_a_column_show_what_they_say(page):
     with Browser(page) as browser:
         assert browser.text("h1") == "run/best.pt, epoch 3"
-        assert "8 of 8 pictures, which selected the checkpoint: optimistic" in browser.text(
-            "#lines"
-        )
+        assert "8 pictures, which selected the checkpoint: optimistic" in browser.text("#lines")
         assert browser.text("#which") == "3 images: mistakes, the surest first"
         captions = browser.texts("#images figcaption")
         assert captions[0] == "fox\ntaken for dog, 85.0 %\nval/7.jpg\nother: dog"
