@@ -868,7 +868,7 @@ def describe_check(check: DataCheck) -> Lines:
             change = describe_change(rest["comparison"], "paired 95 % interval", " without copies")
             lines.append(("change", change))
     counts = "{test:,} test and {training:,} training labels".format(**facts["suspect_labels"])
-    lines.append(("suspect", f"{counts} are probably wrong: see suspect_labels.csv"))
+    lines.append(("suspect", f"{counts} are worth checking: see suspect_labels.csv"))
     rare = len(facts["classes_too_small_to_judge"])
     if rare:
         text = f"training labels of {rare} classes with fewer than 5 images are not judged"
@@ -879,9 +879,9 @@ def describe_check(check: DataCheck) -> Lines:
 # ---- tables and pictures ------------------------------------------------------------------------
 
 # Files of an earlier evaluation that this one may not have, and what earlier versions drew
-outdated = "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png duplicates.csv "
-outdated += "suspect_labels.csv most_confused.png mistakes.png per_class.png reliability.png "
-outdated += "duplicates.png suspect_labels.png"
+outdated = "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png "
+outdated += "duplicates.csv suspect_labels.csv most_confused.png mistakes.png per_class.png "
+outdated += "reliability.png duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -1172,12 +1172,13 @@ def list_tables(result: Result) -> list[dict]:
         rows.append([name, *scores, images, *changes.get(classes[number], [])])
     sections = [{"title": "Classes", "header": header, "rows": rows}]
 
-    header, rows = ["class", "taken for", "images", "the other way"], []
+    header, rows = ["class", "taken for", "images", "the other way", "both"], []
     for pair in result.pairs[:100]:
         a, b = classes.index(pair["true"]), classes.index(pair["taken_for"])
         images = [str(pair["images"]), f"#cell={a},{b}"]
         other_way = [str(pair["other_way"]), f"#cell={b},{a}"]
-        rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], images, other_way])
+        both = str(pair["images"] + pair["other_way"])
+        rows.append([[pair["true"], f"#pair={a},{b}"], pair["taken_for"], images, other_way, both])
     sections.append({"title": "Most confused pairs", "header": header, "rows": rows})
 
     header, rows = ["confidence", "accuracy", "images"], []
@@ -1191,13 +1192,16 @@ def list_tables(result: Result) -> list[dict]:
 
 
 def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
-    """The most similar pairs, with the first that are no copies, and the most suspect labels."""
-    copies, figures = check.facts["copies"], []
-    for values, pictures in [*check.pairs[: min(copies, 200)], *check.pairs[copies:][:12]]:
+    """Copies, those with another label first, and the first that are none; the suspect labels."""
+    count, figures = check.facts["copies"], []
+    copies = sorted(check.pairs[:count], key=lambda pair: pair[0][5])  # whether labels are the same
+    shown = [*copies[:200], *check.pairs[count:][:12]]
+    lines = [*lines, ("shown", f"{len(shown)} of {count:,} copies and the next most similar pairs")]
+    for values, pictures in shown:
         name, other, similarity, label, other_label, _ = values
         verdict = f"similarity {similarity:.3f}"
         if not check.facts["undecided"]:
-            verdict += ", a copy" if similarity > check.facts["threshold"] else ", no copy"
+            verdict += ": a copy" if similarity > check.facts["threshold"] else ": below the limit"
         caption = [verdict, f"test {name}: {label}", f"training {other}: {other_label}"]
         figures.append((pictures, caption))
     sections = [{"title": "Copies, beside the training image", "lines": lines, "figures": figures}]
@@ -1205,11 +1209,16 @@ def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
         suspects = [row for row in check.suspects if row[0][0] == part]
         figures = []
         for (_, name, label, likelier, own, best), pictures in suspects[:150]:
-            caption = [f"{label}? {100 * own:.2f} %", f"{likelier}: {100 * best:.1f} %", name]
+            caption = [f"label {label}: {100 * own:.2f} %"]
+            caption += [f"rather {likelier}: {100 * best:.1f} %", name]
             figures.append((pictures, caption))
-        shown = [("shown", f"{len(figures)} of {len(suspects):,}")]
-        title = f"Suspect labels: {part} images"
-        sections.append({"title": title, "lines": shown, "figures": figures})
+        judge = "this model"
+        if part == "training":
+            judge = "heads that were not trained on the image"
+        lines = [("shown", f"{len(figures)} of {len(suspects):,}; the others: suspect_labels.csv")]
+        lines.append(("judged by", f"{judge}: the probability of the label, and of another class"))
+        title = f"Labels worth checking: {part} images"
+        sections.append({"title": title, "lines": lines, "figures": figures})
     return sections
 
 
@@ -1329,19 +1338,22 @@ page_body = """
   <div id="evaluation" hidden>
     <section>
       <h2>Confusion matrix</h2>
-      <p id="tip">Rows are true classes, columns predicted ones. Click on a cell for its images.</p>
+      <p id="tip">Rows are true classes, columns predicted ones. Point at a cell to name it, click for its images.</p>
       <div class="scroll"><canvas id="matrix" role="img" aria-label="Confusion matrix. The tables of
         classes and pairs lead to the same images."></canvas></div>
     </section>
     <section id="chosen">
       <h2 id="which" aria-live="polite"></h2>
-      <p><a href="#mistakes">mistakes</a><span id="compared" hidden> ·
+      <p><a href="#mistakes">all mistakes</a><span id="compared" hidden> ·
         <a href="#gained">right only here</a> · <a href="#lost">right only in the other</a></span></p>
       <div class="scroll"><div class="figures" id="images"></div></div>
     </section>
   </div>
   <div id="sections"></div>
-  <img id="curves" alt="Loss, accuracy and learning rate by epoch" hidden>
+  <section id="training" hidden>
+    <h2>Training</h2>
+    <img id="curves" alt="Loss, accuracy and learning rate by epoch">
+  </section>
 </main>
 """
 
@@ -1453,6 +1465,7 @@ function showImages() {
   const total = known ?? counted, part = rows.length < total ? `, ${rows.length} on this page` : "";
   find("which").textContent = `${total} images: ${title}${part}`;
   find("images").replaceChildren();
+  find("images").parentElement.scrollTop = 0;
   showFigures(find("images"), rows.map(i => {
     const verdict = isRight(i) ? "recognised" : `taken for ${classes[predicted[i]]}`;
     const lines = [classes[label[i]], `${verdict}, ${(100 * confidence[i]).toFixed(1)} %`, name[i]];
@@ -1540,7 +1553,10 @@ find("title").textContent = document.title = page.title;
 find("lines").append(...makeLines(page.lines));
 if (count) showEvaluation();
 find("sections").append(...page.sections.map(makeSection));
-if (page.curves) Object.assign(find("curves"), {src: page.curves, hidden: false});
+if (page.curves) {
+  find("curves").src = page.curves;
+  find("training").hidden = false;
+}
 """
 
 

@@ -455,12 +455,15 @@ def test_pictures_beside_the_rows_are_those_of_the_names(classifier):
         assert torch.equal(pictures[1], trained.images[int(values[1]) - 100])
     pairs, _, suspects = evaluate.list_galleries(check, [])
     assert [len(pictures) for pictures, _ in pairs["figures"]] == [2] * 6
-    for (_, caption), (values, _) in zip(pairs["figures"], check.pairs):
-        verdict = "a copy" if values[2] > 0.75 else "no copy"
-        assert caption[0] == f"similarity {values[2]:.3f}, {verdict}"
+    count = check.facts["copies"]
+    copies = [pair for pair in check.pairs[:count] if not pair[0][5]]  # with another label
+    copies += [pair for pair in check.pairs[:count] if pair[0][5]]
+    for (_, caption), (values, _) in zip(pairs["figures"], copies + check.pairs[count:]):
+        verdict = "a copy" if values[2] > 0.75 else "below the limit"
+        assert caption[0] == f"similarity {values[2]:.3f}: {verdict}"
     check.facts["undecided"] = True
     undecided, *_ = evaluate.list_galleries(check, [])
-    assert undecided["figures"][0][1][0] == f"similarity {check.pairs[0][0][2]:.3f}"
+    assert undecided["figures"][-1][1][0] == f"similarity {check.pairs[-1][0][2]:.3f}"
     assert all(pictures[0].shape == (3, 32, 32) for pictures, _ in suspects["figures"])
 
 

@@ -195,11 +195,13 @@ def test_address_opens_pairs_and_what_only_one_network_has_right(page):
             assert len(browser.texts("#images figure")) == count
         copies, suspects = "#sections .gallery:nth-child(4)", "#sections .gallery:nth-child(6)"
         assert browser.texts(f"{copies} figcaption") == [
-            "similarity 0.900, a copy\ntest val/0.png: cat\ntraining train/0.png: dog",
-            "similarity 0.650, no copy\ntest val/1.png: cat\ntraining train/1.png: dog",
+            "similarity 0.900: a copy\ntest val/0.png: cat\ntraining train/0.png: dog",
+            "similarity 0.650: below the limit\ntest val/1.png: cat\ntraining train/1.png: dog",
         ]
         assert len(browser.texts(f"{copies} .tile")) == 4
-        assert browser.texts(f"{suspects} figcaption") == ["cat? 0.10 %\nfox: 90.0 %\ntrain/9.png"]
+        assert browser.texts(f"{suspects} figcaption") == [
+            "label cat: 0.10 %\nrather fox: 90.0 %\ntrain/9.png"
+        ]
         assert "1 of 1" in browser.text(suspects)
 
 
