@@ -971,7 +971,7 @@ def augment(
 ) -> Tensor:
     """uint8 (B, 3, H, W) to float32 in [0, 1], with the operations whose parameters are given."""
     if "flip" in parameters:
-        images = torch.where(per_image(parameters["flip"]), images.flip(3), images)
+        images = flip(images, parameters["flip"])
     if "top" in parameters:
         images = crop(images, parameters["top"], parameters["left"], crop_padding)
     images = images.float() / 255
@@ -1014,6 +1014,11 @@ def mix_labels(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
 def per_image(values: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), which broadcasts over an image."""
     return values[:, None, None, None]
+
+
+def flip(images: Tensor, mask: Tensor) -> Tensor:
+    """Mirrors the images whose mask is True, left to right."""
+    return torch.where(per_image(mask), images.flip(3), images)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
