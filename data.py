@@ -1338,8 +1338,10 @@ def make_thumbnails(
 ) -> Tensor:
     """Gray 8 x 8 pixels minus their mean (N, 64): near for copies, whatever their colours."""
     rows = torch.arange(len(images), device=images.device) if rows is None else rows
-    parts = [take(images, part, device or images.device) for part in rows.split(512)]
-    small = torch.cat([to_gray(part, 8).flatten(1) for part in parts])
+    thumbnails = []
+    for part in rows.split(512):  # of the images themselves, no more are ever copied
+        thumbnails.append(to_gray(take(images, part, device or images.device), 8).flatten(1))
+    small = torch.cat(thumbnails)
     return small - small.mean(1, keepdim=True)
 
 

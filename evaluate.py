@@ -263,7 +263,7 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     report = metrics.classification_report(
         labels, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0
     )
-    with writing_into(folder, outdated.split()) as new:
+    with writing_into(folder, earlier_files.split()) as new:
         write_tables(result, report, test.files, check, new)
         draw_pictures(result, others, new)
         write_report(result, test, others, check, lines, new)
@@ -782,7 +782,7 @@ def list_identical(test: data.Split, train: data.Split, classes: list[str]) -> l
 def list_suspects(
     part: str, split: data.Split, probabilities: Tensor, classes: list[str], limit: float = 0.01
 ) -> list[Row]:
-    """A row for every image whose label is probably wrong, by probabilities (N, num_classes).
+    """A row for every image whose label is worth checking, by probabilities (N, num_classes).
 
     A class's threshold is the mean probability of it for the images with that label: Northcutt et
     al. 2021, "Confident learning", arXiv 1911.00068. A label is suspect if its probability is below
@@ -858,7 +858,7 @@ def describe_check(check: DataCheck) -> Lines:
         lines.append(("copies", found))
         if facts["copies_with_another_label"]:
             differ = f"{facts['copies_with_another_label']} copies have another label"
-            lines.append(("labels", f"{differ}: one of the two is wrong"))
+            lines.append(("labels", f"{differ}: one of the two may be wrong"))
     if "without_copies" in facts:
         rest = facts["without_copies"]
         accuracy = f"top-1 {100 * rest['top1_accuracy']:.2f} % on the other {rest['images']:,}"
@@ -879,9 +879,11 @@ def describe_check(check: DataCheck) -> Lines:
 # ---- tables and pictures ------------------------------------------------------------------------
 
 # Files of an earlier evaluation that this one may not have, and what earlier versions drew
-outdated = "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png "
-outdated += "duplicates.csv suspect_labels.csv most_confused.png mistakes.png per_class.png "
-outdated += "reliability.png duplicates.png suspect_labels.png"
+earlier_files = (
+    "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png "
+)
+earlier_files += "duplicates.csv suspect_labels.csv most_confused.png mistakes.png per_class.png "
+earlier_files += "reliability.png duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -1151,9 +1153,8 @@ def order_by_interest(result: Result) -> list[int]:
     for label in result.labels[right].tolist():
         places.append(count[label])
         count[label] += 1
-    right = right[
-        np.argsort(places, kind="stable")
-    ]  # the surest of each class, then the second ...
+    # The surest of each class, then the second of each, and so on
+    right = right[np.argsort(places, kind="stable")]
     order = np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])
     return order[:20_000].tolist()
 
@@ -1193,11 +1194,20 @@ def list_tables(result: Result) -> list[dict]:
 
 def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
     """Copies, those with another label first, and the first that are none; the suspect labels."""
-    count, figures = check.facts["copies"], []
-    copies = sorted(check.pairs[:count], key=lambda pair: pair[0][5])  # whether labels are the same
-    shown = [*copies[:200], *check.pairs[count:][:12]]
-    lines = [*lines, ("shown", f"{len(shown)} of {count:,} copies and the next most similar pairs")]
-    for values, pictures in shown:
+    count, figures, alike, unlike = check.facts["copies"], [], [], []
+    for pair in check.pairs[:count]:
+        same_label = pair[0][5]
+        if same_label:
+            alike.append(pair)
+        else:
+            unlike.append(pair)
+    above, below = [*unlike, *alike][:200], check.pairs[count:][:12]
+    shown = (
+        f"{len(above)} of {count:,} pairs above {check.facts['threshold']}, those with different "
+    )
+    shown += f"labels first, then the {len(below)} next most similar"
+    lines = [*lines, ("shown", shown)]
+    for values, pictures in [*above, *below]:
         name, other, similarity, label, other_label, _ = values
         verdict = f"similarity {similarity:.3f}"
         if not check.facts["undecided"]:
@@ -1215,10 +1225,10 @@ def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
         judge = "this model"
         if part == "training":
             judge = "heads that were not trained on the image"
-        lines = [("shown", f"{len(figures)} of {len(suspects):,}; the others: suspect_labels.csv")]
-        lines.append(("judged by", f"{judge}: the probability of the label, and of another class"))
+        about = [("shown", f"{len(figures)} of {len(suspects):,}; suspect_labels.csv lists all")]
+        about.append(("judged by", f"{judge}: probability of the label, and of a likelier class"))
         title = f"Labels worth checking: {part} images"
-        sections.append({"title": title, "lines": lines, "figures": figures})
+        sections.append({"title": title, "lines": about, "figures": figures})
     return sections
 
 

@@ -1,4 +1,4 @@
-"""ResNet-50 with a small head for fine-tuning, its weights, and its predictions; a model to use elsewhere."""
+"""ResNet-50 with a small head: its weights, its predictions, and a file of it to use elsewhere."""
 
 import inspect
 import json

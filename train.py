@@ -466,7 +466,7 @@ def make_optimizer(module: nn.Module, learning_rate: float, args: Namespace) -> 
 
 
 def count_skipped_steps(optimizer: Optimizer, device: torch.device) -> Tensor:
-    """A number on the device that grows by one whenever fp16's scaler lets a fused step do nothing."""
+    """A number on the device that grows by one with each fused step that fp16's scaler skips."""
     skipped = torch.zeros((), device=device)
 
     def count(optimizer: Optimizer, args: tuple, options: dict) -> None:
@@ -483,10 +483,8 @@ def tell_skipped_steps(run: Run, steps: int) -> None:
     skipped = int(run.skipped.item())
     run.skipped.zero_()
     if skipped > 8:
-        advice = "if the loss stays high, try --precision bf16"
-        utils.say(
-            "note", f"fp16 skipped {skipped} of {steps} steps, gradients overflowed; {advice}"
-        )
+        found = f"fp16 skipped {skipped} of {steps} steps because gradients overflowed"
+        utils.say("note", f"{found}; if the loss stays high, try --precision bf16")
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:

@@ -630,12 +630,13 @@ def disconnect() -> None:
 class Clock:
     """How much of MINUTES is left, and how many epochs it is enough for; without limit if 0.
 
-    All processes go by what rank 0 measures, so all call these methods at the same places.
+    Every process measures for itself, and all decide by rank 0's result: they call these methods at
+    the same places.
     """
 
     head_share = 0.1  # of the time, for the head, where there is none for the network
-    # Fewer steps make the network worse than its head alone: 32 steps of 64 images cost 4.6 points (2.9 to
-    # 6.3) of 69.2 % on 2,000 held-out images, 94 cost 1.4 (-0.4 to 3.1), 250 gained 2.6.
+    # Fewer steps make the network worse than its head alone: 32 steps of 64 images cost 4.6 points
+    # (2.9 to 6.3) of 69.2 % on 2,000 held-out images, 94 cost 1.4 (-0.4 to 3.1), 250 gained 2.6.
     least_steps = 150
 
     def __init__(self, begin: float, args: argparse.Namespace) -> None:
@@ -650,15 +651,16 @@ class Clock:
         self.epoch_seconds = 0.0  # at the pace of the last readings; 0 before the first
         self.trained = -1 if args.head_epochs else 0  # the last epoch that was trained
         self.done = 0.0  # epochs at the last reading, a fraction included
+        self.read_at = begin  # time.perf_counter() of the last reading
         self.next_reading = math.inf  # epochs at which the next is due
 
     @property
     def closing_seconds(self) -> float:
-        """Of a validation, which may be a tenth slower than measured, and the save after it."""
+        """The seconds of a validation, a tenth more than measured, and of the save after it."""
         return 1.1 * self.val_images * self.image_seconds + self.save_seconds
 
     def seconds_left(self) -> float:
-        """For training: without a last validation, its save and the end of the script."""
+        """The time for training: without a last validation, its save and the end of the script."""
         if not self.is_limited:
             return math.inf
         end = self.begin + self.seconds - self.closing_seconds - self.ending_seconds
@@ -704,7 +706,10 @@ class Clock:
         return of_rank_0(is_cheap and fits)
 
     def is_over(self, history: list[dict], batch_size: int, steps: int) -> bool:
-        """Whether a resumed run had ended: there is no time for another step, of steps per epoch."""
+        """Whether a run that is resumed had ended: it is validated, with no time for another step.
+
+        steps: per epoch.
+        """
         if not (self.is_limited and history and history[-1]["epoch"] == self.trained):
             return False
         if self.trained == 0:
@@ -748,8 +753,9 @@ RUN_FILES = ("last.pt", "best.pt", *EXTRAS)
 CHECKPOINT_PATIENCE = 5  # seconds for which another program may keep last.pt or best.pt
 # Constants that say where and how a run is done, not what it computes
 WHERE_AND_HOW = {"dataset", "data_dir", "checkpoint_dir", "device", "log_every"}
-CHOSEN_BY_THE_CLOCK = {"image_size", "freeze_stages", "freeze_batch_norm"}  # with MINUTES
 WHERE_AND_HOW |= {"val_images", "val_batch_size", "resume", "resume_if_saved", "curves"}
+# Constants that the speed of the machine decides with MINUTES, unless flags do
+CHOSEN_BY_THE_CLOCK = {"image_size", "freeze_stages", "freeze_batch_norm"}
 
 
 @contextmanager
@@ -1205,8 +1211,8 @@ def _prepare_stream(stream: TextIO | None) -> TextIO:
 # ---- how a script ends --------------------------------------------------------------------------
 
 # Ctrl-C, and what terminals and schedulers send; Windows has the first two
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SIGNALS = [signal.Signals[name] for name in SIGNALS if hasattr(signal, name)]
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [signal.Signals[name] for name in SIGNAL_NAMES if hasattr(signal, name)]
 
 _safe = "nothing is saved yet"  # what of the run is on disk
 _command = ""  # which continues it

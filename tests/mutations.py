@@ -208,7 +208,7 @@ FAULTS = [
     ("model.py", "(pixels - extent) / 2", "0 * pixels", CIFAR),
     # --minutes
     ("train.py", "if passes >= least]", "if passes > least]", CLOCK),
-    ("train.py", "main(begin=start_of_script)", "main()", CLOCK + " -m slow"),
+    ("train.py", "main(begin=start_of_script)", "main()", CLOCK + " -k imports"),
     ("utils.py", "end = self.begin + self.seconds - self.closing_seconds", "end = self.begin + self.seconds", CLOCK),
     ("train.py", "or done >= run.clock.next_reading", "", CLOCK),
     ("utils.py", "self.next_reading = (done + end) / 2", "self.next_reading = done", CLOCK),

@@ -4,10 +4,12 @@ Most tests run train.py on a machine whose time is made here: a step and a forwa
 seconds as the test says, and nothing else takes any.
 """
 
+import builtins
 import inspect
 import os
 import shlex
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -248,6 +250,27 @@ def test_run_with_and_without_a_clock_do_not_continue_each_other(first, then, fo
 def test_time_before_main_counts(folder, machine):
     train.main(RUN, begin=-20.0)
     assert 0.95 * 40 < machine.now <= 39
+
+
+def import_for_twenty_seconds() -> None:
+    """In a process of its own: every import of torch takes so long, and the clock tells its begin."""
+    now, import_module = [100.0], builtins.__import__
+
+    def import_slowly(name: str, *args: object, **more: object) -> object:
+        if name == "torch":
+            now[0] += 20
+        return import_module(name, *args, **more)
+
+    def tell_begin(clock: utils.Clock, begin: float, args: Namespace) -> None:
+        sys.exit(f"begun at {begin}")
+
+    builtins.__import__, time.perf_counter = import_slowly, lambda: now[0]
+    utils.Clock.__init__ = tell_begin
+
+
+def test_time_of_the_imports_counts(folder):
+    script = run_script("train.py", *RUN, cwd=folder, prepare=import_for_twenty_seconds)
+    assert script.stderr.endswith("begun at 100.0\n")
 
 
 def test_runs_that_differ_in_seed_alone_have_the_same_settings(folder, machine):

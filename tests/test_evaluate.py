@@ -373,6 +373,15 @@ def test_no_picture_at_all_is_one_message(pictures, tmp_path):
         list(data.read_pictures([str(tmp_path / "broken.jpg")], 32, False, 10))
 
 
+def test_earlier_rows_stay_if_no_picture_can_be_read(checkpoint, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "pictures.csv").write_text("of earlier pictures")
+    with pytest.raises(utils.UserError, match="No picture among broken.jpg"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--images", "broken.jpg"])
+    assert (tmp_path / "results" / "pictures.csv").read_text() == "of earlier pictures"
+
+
 def test_pictures_are_read_in_batches_and_their_rows_written_at_once(
     checkpoint, pictures, tmp_path, monkeypatch
 ):
@@ -428,6 +437,14 @@ def test_export_into_a_file_of_another_kind_is_refused(name, capsys):
         evaluate.main(["--export", name])
     message = f"--export '{name}': expected a name that ends in .pt2 or .onnx\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_export_into_a_missing_folder_is_refused_before_the_network_runs(checkpoint, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        evaluate.main(["--checkpoint", str(checkpoint), "--export", "missing/model.pt2"])
+    said = capsys.readouterr()
+    assert said.err.endswith("--export 'missing/model.pt2': expected a folder that exists\n")
+    assert said.out == ""
 
 
 def test_a_window_opens_where_there_is_a_display_unless_no_show(

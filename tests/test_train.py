@@ -207,7 +207,7 @@ def test_steps_that_fp16_skips_are_told_beyond_the_first_few(skipped, capsys):
         run.scaler.step(run.optimizer)
         run.scaler.update()
     train.tell_skipped_steps(run, 12)
-    told = "note     fp16 skipped 9 of 12 steps, gradients overflowed; if the loss stays high, try"
+    told = "note     fp16 skipped 9 of 12 steps because gradients overflowed; if the loss stays high, try"
     assert (told in capsys.readouterr().out) == (skipped == 9)
     assert run.skipped.item() == 0  # the next epoch counts from zero
 
