@@ -26,7 +26,6 @@ import logging
 import math
 import tempfile
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +272,6 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
         print_changes(summary["comparison"])
         print_lines(lines["comparison"])
     if check:
-        print_copies(check)
         print_lines(lines["check"])
     utils.say("results", f"{folder}; open {folder / 'report.html'} in a browser")
     if args.export:
@@ -827,16 +825,6 @@ def score_without_copies(check: DataCheck, result: Result, others: list[Result])
     return scores
 
 
-def print_copies(check: DataCheck) -> None:
-    """Prints the copies whose label differs from that of the training image."""
-    copies = [values for values, _ in check.pairs[: check.facts["copies"]]]
-    differ = [values for values in copies if values[3] != values[4]]
-    if differ and not check.facts["undecided"]:
-        print("\ncopies with another label: similarity, test image | training image")
-        for name, other, similarity, label, other_label, _ in differ[:10]:
-            print(f"{similarity:8.3f}  {name} {label} | {other} {other_label}")
-
-
 def describe_check(check: DataCheck) -> Lines:
     """Labelled lines: the accuracy without the test images that have copies, and what looks wrong."""
     facts, groups = check.facts, check.facts["identical"]
@@ -1146,15 +1134,10 @@ def write_report(
 
 
 def order_by_interest(result: Result) -> list[int]:
-    """The images for the page, which may not have room for all, the most wanted first."""
+    """The images for the page, which may not have room for all: mistakes first, the surest first."""
     surest = np.argsort(-result.confidence, kind="stable")
-    wrong, right = surest[~result.correct[surest]], surest[result.correct[surest]]
-    places, count = [], Counter()  # place of a right image among those of its class: 0, the surest
-    for label in result.labels[right].tolist():
-        places.append(count[label])
-        count[label] += 1
-    # The surest of each class, then the second of each, and so on
-    right = right[np.argsort(places, kind="stable")]
+    wrong = surest[~result.correct[surest]]
+    right = np.random.default_rng(0).permutation(np.flatnonzero(result.correct))  # of all classes
     order = np.concatenate([wrong[:1000], right[:1000], wrong[1000:], right[1000:]])
     return order[:20_000].tolist()
 
@@ -1334,8 +1317,8 @@ th button { border: 0; padding: 0; background: none; font: inherit; cursor: poin
 th[aria-sort=ascending] button::after { content: " \\25b2"; }
 th[aria-sort=descending] button::after { content: " \\25bc"; }
 .figures { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: flex-start; }
-figure { margin: 0; width: 7rem; font-size: 12px; overflow-wrap: anywhere; }
-figure.wide { width: 13rem; }
+figure { margin: 0; width: 7.5rem; font-size: 12px; overflow-wrap: anywhere; }
+figure.wide { width: 14rem; }
 .tile { display: inline-block; width: 96px; height: 96px; margin-right: 4px; }
 .tile { image-rendering: pixelated; }
 """
@@ -1343,6 +1326,7 @@ figure.wide { width: 13rem; }
 page_body = """
 <h1 id="title"></h1>
 <dl id="lines"></dl>
+<nav id="contents"></nav>
 <noscript>This page needs JavaScript. The numbers are in metrics.json, too.</noscript>
 <main>
   <div id="evaluation" hidden>
@@ -1444,6 +1428,14 @@ function makeSection({title, lines = [], header = [], rows = [], figures}) {
   return make("section", content, {class: header.length ? "" : "gallery"});
 }
 
+function makeContents() {
+  for (const section of find("sections").children) {
+    const button = make("button", section.firstChild.textContent);
+    button.onclick = () => section.scrollIntoView();
+    find("contents").append(button, " ");
+  }
+}
+
 // ---- the images that the address asks for: #cell=3,7, #pair=3,7, #class=3, #gained, #lost -------
 
 // Returns a title, which images belong to it, by true, predicted and the other's predicted class,
@@ -1473,7 +1465,7 @@ function showImages() {
   const rows = [...name.keys()].filter(i => belongs(label[i], predicted[i], other[i]));
   rows.sort((i, j) => isRight(i) - isRight(j) || confidence[j] - confidence[i]);
   const total = known ?? counted, part = rows.length < total ? `, ${rows.length} on this page` : "";
-  find("which").textContent = `${total} images: ${title}${part}`;
+  find("which").textContent = `${total} image${total == 1 ? "" : "s"}: ${title}${part}`;
   find("images").replaceChildren();
   find("images").parentElement.scrollTop = 0;
   showFigures(find("images"), rows.map(i => {
@@ -1500,9 +1492,13 @@ function drawMatrix() {
   draw.fillStyle = "#8882";
   draw.fillRect(margin, margin, count * unit, count * unit);
   const text = getComputedStyle(document.body).color, gap = unit > 5 ? 1 : 0;
+  let most = 0;  // the largest share of a class that is taken for one other
+  for (const [t, p, number] of cells) {
+    if (t != p) most = Math.max(most, number / support[t]);
+  }
   for (const [t, p, number] of cells) {
     const x = margin + place[p] * unit, y = margin + place[t] * unit;
-    const share = Math.sqrt(number / support[t]);  // so that a few per cent are visible
+    const share = number / support[t] / (t == p ? 1 : most);
     draw.fillStyle = `rgb(${t == p ? "40 120 230" : "225 60 30"} / ${0.15 + 0.85 * share})`;
     draw.fillRect(x, y, Math.max(unit - gap, 2), Math.max(unit - gap, 2));
     draw.fillStyle = text;
@@ -1563,6 +1559,7 @@ find("title").textContent = document.title = page.title;
 find("lines").append(...makeLines(page.lines));
 if (count) showEvaluation();
 find("sections").append(...page.sections.map(makeSection));
+makeContents();
 if (page.curves) {
   find("curves").src = page.curves;
   find("training").hidden = false;

@@ -44,11 +44,12 @@ FAULTS = [
     ("evaluate.py", 'xlabel="predicted class", ylabel="true class"', 'xlabel="true class", ylabel="predicted class"', PICTURES),
     ("evaluate.py", "sns.heatmap(fractions,", "sns.heatmap(fractions.T,", PICTURES),
     # evaluate.py: the page
-    ("evaluate.py", "wrong, right = surest[~result", "wrong, right = surest[result", REPORT),
+    ("evaluate.py", "wrong = surest[~result", "wrong = surest[result", REPORT),
     ("evaluate.py", "np.argsort(-result.confidence, kind", "np.argsort(result.confidence, kind", REPORT),
     ("evaluate.py", 'replace("<",', 'replace("@",', REPORT),
     ("evaluate.py", '"first_image": len(pictures)', '"first_image": 0', REPORT),
     ("evaluate.py", "        if room < 0:\n", "        if False:\n", REPORT),
+    ("evaluate.py", "button.onclick = () => section.scrollIntoView();", "", REPORT),
     ("evaluate.py", "script-src {script}", "script-src 'unsafe-inline'", REPORT),
     ("utils.py", "best = best_epoch(history, watch)", "best = history[-1]", PICTURES),
     ("evaluate.py", 'constants["stored_size"] or 32,', "32,", IMAGES),
