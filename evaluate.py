@@ -1298,6 +1298,7 @@ h2 { font-size: 1.1rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
 dt { font-weight: bold; }
 dd { margin: 0; overflow-wrap: anywhere; }
+nav button { margin: 0 0.2rem 0.4rem 0; }
 section { min-width: 0; max-width: 100%; }
 /* What stands side by side where there is room: the matrix and its images, the tables. */
 #evaluation, #sections { display: flex; flex-wrap: wrap; gap: 0 2rem; }
@@ -1432,7 +1433,7 @@ function makeContents() {
   for (const section of find("sections").children) {
     const button = make("button", section.firstChild.textContent);
     button.onclick = () => section.scrollIntoView();
-    find("contents").append(button, " ");
+    find("contents").append(button);
   }
 }
 
@@ -1464,8 +1465,9 @@ function showImages() {
   const counted = cells.filter(([t, p]) => belongs(t, p)).reduce((sum, cell) => sum + cell[2], 0);
   const rows = [...name.keys()].filter(i => belongs(label[i], predicted[i], other[i]));
   rows.sort((i, j) => isRight(i) - isRight(j) || confidence[j] - confidence[i]);
-  const total = known ?? counted, part = rows.length < total ? `, ${rows.length} on this page` : "";
-  find("which").textContent = `${total} image${total == 1 ? "" : "s"}: ${title}${part}`;
+  const total = known ?? counted, noun = total == 1 ? "image" : "images";
+  const part = rows.length < total ? `, ${rows.length} on this page` : "";
+  find("which").textContent = `${total.toLocaleString("en")} ${noun}: ${title}${part}`;
   find("images").replaceChildren();
   find("images").parentElement.scrollTop = 0;
   showFigures(find("images"), rows.map(i => {
