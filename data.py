@@ -55,7 +55,7 @@ try:
 
     pillow_heif.register_heif_opener()
 except ImportError:  # the pictures of many phones, .heic, are then counted and named, not read
-    pass
+    pillow_heif = None
 
 BUILT_IN = ("cifar100", "digits")  # data sets by name; any other is the path of a folder
 
@@ -472,7 +472,7 @@ def read_digits(part: str) -> tuple[Split, list[str]]:
 def require_folders(root: Path, holdout_per_class: int) -> None:
     """Raises UserError, with what to do, if a folder has no train/, or no val/ to validate on."""
     names = list_folders(root)
-    advice = "Without val/, --holdout-per-class 50 validates on a part of train/"
+    advice = "Without val/, --holdout-per-class N validates on N pictures per class of train/"
     if "train" not in names:
         above = Path(os.path.relpath(root.absolute().parent))
         inner = [name for name in names if "train" in list_folders(root / name)]
@@ -513,16 +513,16 @@ def read_folder(
     name = f"{folder.parent.name}-{folder.name}-{size}px-{origin}-{version}.bin"
     path = Path(settings.data_dir, "decoded", name)
     shape = len(files), 3, size, size
-    decoded = map_decoded(path, shape)
+    decoded, label = map_decoded(path, shape), "found"
     if decoded is None:
-        decoded = decode_into(path, files, shape, whole, quiet)
+        decoded, label = decode_into(path, files, shape, whole, quiet), "decoded"
     images, checksums, errors = decoded
     if not quiet:
         for file, error in zip(files, errors):
             if error:
                 print(f"skipped  {file}: {error}", file=sys.stderr)
         count = errors.count("")
-        print(f"decoded  {path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
+        utils.say(label, f"{path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
     return Split(images, labels, names, None, checksums), classes
 
 
@@ -550,10 +550,10 @@ def list_pictures(
     for name in names:
         label = numbers.get(normalize("NFC", name))
         if label is None:
-            nearest = difflib.get_close_matches(name, classes, 1, cutoff=0)[0]
+            similar = difflib.get_close_matches(name, classes, 1)
+            advice = f"Was it meant to be {similar[0]!r}?" if similar else "Remove the sub-folder"
             raise utils.UserError(
-                f"{folder}: {name!r} is not one of the {len(classes)} classes trained on. The most "
-                f"similar is {nearest!r}: rename the sub-folder, or remove it"
+                f"{folder}: {name!r} is not one of the {len(classes)} classes trained on. {advice}"
             )
         pictures, others = find_pictures(folder / name)
         if not (pictures or classes):
@@ -569,14 +569,19 @@ def list_pictures(
 
 
 def count_endings(others: list[Path]) -> str:
-    """How many files of which endings are not pictures, to follow the name of their folder."""
+    """How many files of which endings are left out, to follow the name of their folder."""
     if not others:
         return ""
     endings = Counter(path.suffix or "without an ending" for path in others)
     counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common())
-    heif = any(ending.lower() in (".heic", ".heif") for ending in endings)
-    advice = ". With the package pillow-heif, .heic can be read" if heif else ""
-    return f": files that are not pictures: {counts}{advice}"
+    return f": files that Pillow cannot read: {counts}{advise_heif(others)}"
+
+
+def advise_heif(files: list[Path]) -> str:
+    """What would read the pictures of many phones, if there are some among files and it is missing."""
+    if pillow_heif or not any(file.suffix.lower() in (".heic", ".heif") for file in files):
+        return ""
+    return ". With the package pillow-heif, .heic can be read"
 
 
 def list_folders(folder: Path) -> list[str]:
@@ -861,7 +866,7 @@ def read_pictures(
         pictures, others = find_pictures(path)
         files += pictures
         for other in others:
-            print(f"skipped  {other}: not a picture", file=sys.stderr)
+            print(f"skipped  {other}: not a picture{advise_heif([other])}", file=sys.stderr)
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
         images = np.empty((len(batch), 3, size, size), np.uint8)
@@ -869,7 +874,8 @@ def read_pictures(
         good = []
         for index, error in enumerate(errors):
             if error:
-                print(f"skipped  {batch[index]}: {error}", file=sys.stderr)
+                advice = advise_heif([batch[index]])
+                print(f"skipped  {batch[index]}: {error}{advice}", file=sys.stderr)
             else:
                 good.append(index)
         if good:
@@ -1232,7 +1238,9 @@ def make_loaders(
     """The loaders, on the device, and the labels of this process's validation images."""
     if args.val_images:
         step = math.ceil(len(val_split.labels) / args.val_images)
+        count = len(val_split.labels)
         val_split = val_split.select(slice(None, None, step))
+        utils.say("note", f"validated on {len(val_split.labels):,} of the {count:,} images")
     sizes = len(train_split.labels), len(val_split.labels)
     if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
         raise utils.UserError(

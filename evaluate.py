@@ -845,7 +845,7 @@ def describe_check(check: DataCheck) -> Lines:
             found += f"; accuracy on them {100 * facts['accuracy_on_copies']:.2f} %"
         lines.append(("copies", found))
         if facts["copies_with_another_label"]:
-            differ = f"{facts['copies_with_another_label']} copies have another label"
+            differ = f"{facts['copies_with_another_label']} of them with another label"
             lines.append(("labels", f"{differ}: one of the two may be wrong"))
     if "without_copies" in facts:
         rest = facts["without_copies"]
@@ -1107,13 +1107,12 @@ def write_report(
     if result.classes == data.CLASSES:
         order = data.superclass_order()
         groups = [[name, len(members)] for name, members in data.SUPERCLASSES.items()]
-    effect = "did not select the checkpoint"
+    effect = "the checkpoint was not selected on them"
     if summary["test_images_chose_checkpoint"]:
-        effect = "selected the checkpoint: optimistic"
-    images_of = summary["dataset"]  # of a folder, "120 pictures" and their checksum
-    if images_of in data.BUILT_IN:
-        images_of = f"{summary['images']:,} test images of {images_of}"
-    measured = ("images", f"{images_of}, which {effect}")
+        effect = "the checkpoint was selected on them, so the numbers are optimistic"
+    dataset = summary["constants"]["dataset"]
+    noun = "test images" if dataset in data.BUILT_IN else "pictures"
+    measured = ("images", f"{summary['images']:,} {noun} of {dataset}: {effect}")
     page = {
         "title": f"{summary['checkpoint']}, epoch {summary['epoch']}",
         "lines": [measured, *lines["numbers"], *lines.get("comparison", [])],
@@ -1194,7 +1193,8 @@ def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
         name, other, similarity, label, other_label, _ = values
         verdict = f"similarity {similarity:.3f}"
         if not check.facts["undecided"]:
-            verdict += ": a copy" if similarity > check.facts["threshold"] else ": below the limit"
+            above = similarity > check.facts["threshold"]
+            verdict += ": probably a copy" if above else ": below the limit"
         caption = [verdict, f"test {name}: {label}", f"training {other}: {other_label}"]
         figures.append((pictures, caption))
     sections = [{"title": "Copies, beside the training image", "lines": lines, "figures": figures}]
@@ -1429,8 +1429,9 @@ function makeSection({title, lines = [], header = [], rows = [], figures}) {
   return make("section", content, {class: header.length ? "" : "gallery"});
 }
 
-function makeContents() {
-  for (const section of find("sections").children) {
+function makeContents(sections) {
+  if (sections.length < 2) return;
+  for (const section of sections) {
     const button = make("button", section.firstChild.textContent);
     button.onclick = () => section.scrollIntoView();
     find("contents").append(button);
@@ -1561,7 +1562,7 @@ find("title").textContent = document.title = page.title;
 find("lines").append(...makeLines(page.lines));
 if (count) showEvaluation();
 find("sections").append(...page.sections.map(makeSection));
-makeContents();
+makeContents([...find("sections").children]);
 if (page.curves) {
   find("curves").src = page.curves;
   find("training").hidden = false;

@@ -516,6 +516,7 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
         seconds = None  # the network trains afterwards; the head gets HEAD_EPOCHS
     else:
         run.end = 0  # main() stops after this epoch
+        tell_enough_minutes(clock, args, len(loader.labels) - len(features))
         if has_all:
             mirrored, _ = compute_features(run, loader, args, end, mirrored=True)
             features = torch.cat([features, mirrored])
@@ -533,6 +534,17 @@ def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
     speed = len(features) / (time.perf_counter() - start)  # computing the features included
     figures = {"learning_rate": args.head_learning_rate, "train_loss": loss, "head": curve}
     return figures | {"train_accuracy": accuracy, "images_per_second": speed}
+
+
+def tell_enough_minutes(clock: utils.Clock, args: Namespace, missing: int) -> None:
+    """Prints how many MINUTES would have been enough to train the network, and not the head alone.
+
+    missing: images whose features the time was not enough for.
+    """
+    needed = clock.network_seconds(args.batch_size) + missing * clock.image_seconds
+    minutes = math.ceil(args.minutes + (needed - clock.seconds_left()) / 60)
+    advice = f"from about --minutes {minutes} on, the network is trained, too"
+    utils.say("note", f"there is time for the head alone; {advice}")
 
 
 def fit_head(

@@ -692,10 +692,12 @@ class Clock:
         self.next_reading = (done + end) / 2
         return end
 
+    def network_seconds(self, batch_size: int) -> float:
+        """The least time in which to train the network; a step takes about 2.5 forward passes."""
+        return self.least_steps * 2.5 * batch_size * self.image_seconds
+
     def is_network_worth_it(self, batch_size: int) -> bool:
-        """Whether there is time for enough steps; one takes about 2.5 forward passes."""
-        needed = self.least_steps * 2.5 * batch_size * self.image_seconds
-        return of_rank_0(self.seconds_left() > needed)
+        return of_rank_0(self.seconds_left() > self.network_seconds(batch_size))
 
     def is_closing_worth_it(self) -> bool:
         """Whether a validation and a save are cheap beside the training since the last ones."""
@@ -906,9 +908,10 @@ def draw_curves(history: list[dict], watch: str) -> "Figure":  # noqa: F821, see
             axes.plot(head_places, values, label="the head's epochs, together -1 to 0")
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        right = axes.twinx()
-        right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
-        right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+        if epochs[first:]:
+            right = axes.twinx()
+            right.plot(epochs[first:], rates[first:], ":", color="gray", drawstyle="steps-mid")
+            right.set(ylabel="learning rate (dotted)", ylim=(0, None))
     loss_axes.set(ylabel="loss (cross-entropy, nats)", ylim=(0, None))
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     figure.legend(*accuracy_axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -968,8 +971,8 @@ def load_checkpoint(path: Path) -> dict:
             if name not in checkpoint["constants"]:
                 raise ValueError(f"its constant {name.upper()} is missing")
     except FileNotFoundError:
-        earlier = sorted(path.parent.glob(f"earlier-*/{path.name}"))
-        advice = f"; an earlier run's is {earlier[-1]}" if earlier else ""
+        others = sorted(path.parent.glob(f"*/{path.name}"), key=os.path.getmtime)
+        advice = f"; another run's is {others[-1]}" if others else ""
         raise UserError(f"{path} not found. Train one with: python train.py{advice}") from None
     except Exception as error:
         raise UserError(

@@ -277,7 +277,7 @@ def test_loss_that_is_not_finite_stops_the_run(kind, flags, place):
 
 EVALUATE_REFUSES = {  # flags and the message
     "": "checkpoints/best.pt not found. Train one with: python train.py",
-    "--checkpoint demo/best.pt": "an earlier run's is demo/earlier-1/best.pt",
+    "--checkpoint demo/best.pt": "another run's is demo/earlier-1/best.pt",
     "--checkpoint demo": "demo cannot be used: Is a directory",
 }
 TRAIN_REFUSES = {

@@ -128,7 +128,7 @@ def test_folders_that_people_have_are_read_as_they_expect(tmp_path, capsys):
     assert {file.removeprefix(f"{tmp_path.name}/") for file in split.files} == set(names)
     assert (split.images - 100).abs().max() < 3
     (line,) = without_bars(capsys.readouterr().err)
-    assert line.startswith(f"ignored  {tmp_path}: files that are not pictures: ")
+    assert line.startswith(f"ignored  {tmp_path}: files that Pillow cannot read: ")
     for kind in ("1 .txt", "1 .HEIC", "1 without an ending", "1 .png"):
         assert kind in line
 
@@ -204,7 +204,7 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     for text in (json.dumps(written), "{", "[]", "{}", "7", '{"hash": 0}'):
         about.write_text(text)
         assert count() == 13, text
-    assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
+    assert f"found    {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
 
 
 def test_a_selection_copies_and_decodes_nothing(photos):
@@ -383,15 +383,22 @@ def test_heic_pictures_are_read_where_pillow_heif_is_installed(tmp_path):
     assert split.images[..., 20:].min() > 180 and split.images[..., :12].max() < 20
 
 
-def test_heic_pictures_are_counted_where_it_is_not_installed(tmp_path):
+def test_heic_pictures_are_named_where_it_is_not_installed(tmp_path, capsys):
     if ".heic" in Image.registered_extensions():
         pytest.skip("pillow-heif is installed")
     for path in ("a/1.HEIC", "a/2.HEIC", "a/notes.txt", "b/1.heic"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    counts = "a has no picture: files that are not pictures: 2 .HEIC, 1 .txt. With the package pill"
+    counts = (
+        "a has no picture: files that Pillow cannot read: 2 .HEIC, 1 .txt. With the package pill"
+    )
     with pytest.raises(utils.UserError, match=counts):
         read(tmp_path)
+    with pytest.raises(utils.UserError, match="No picture among"):
+        next(data.read_pictures([str(tmp_path / "a"), str(tmp_path / "b/1.heic")], 32, False, 4))
+    said = capsys.readouterr().err.splitlines()
+    advised = [line.split()[1] for line in said if "With the package pillow-heif" in line]
+    assert advised == [f"{tmp_path}/{name}" for name in ("a/1.HEIC:", "a/2.HEIC:", "b/1.heic:")]
 
 
 def test_large_jpeg_is_decoded_at_a_reduced_scale_and_looks_the_same(tmp_path):
@@ -495,7 +502,7 @@ def test_test_images_of_a_folder_are_for_evaluate_alone(photos, capsys):
     assert "the checkpoint was selected on these images" in capsys.readouterr().out
     shutil.rmtree(photos / "test/one")
     (photos / "test/zero").rename(photos / "test/unsorted")
-    assert_refused(evaluate, EVALUATE, "'unsorted' is not one of the 2 classes")
+    assert_refused(evaluate, EVALUATE, "'unsorted' is not one of the 2 classes trained on. Remove")
     for path in (photos / "test/unsorted").iterdir():
         path.rename(photos / "test" / path.name)
     (photos / "test/unsorted").rmdir()  # pictures without labels, as competitions have them
@@ -561,20 +568,23 @@ def test_run_without_val_goes_on_and_is_evaluated_with_its_own_hold_out_alone(ph
             r"photos/train not found. Move the .* \(one, zero, ...\) into it. Without val/",
         ),
         ("mkdir in && mv train val in", "photos/train not found. It is .*: --dataset .*photos/in"),
-        ("rm -r val", "photos/val not found. Without val/, --holdout-per-class 50"),
+        ("rm -r val", "photos/val not found. Without val/, --holdout-per-class N"),
         ("mv val test", "photos/val not found. .*photos/test is for evaluate.py alone. Without"),
         ("rm -r train/*", "photos/train has no sub-folders. Expected one for each class"),
         ("rm -r train/one", "photos/train has 1 class, zero. Expected at least 2"),
         ("mkdir train/none", "train/none has no picture"),
         ("truncate -s 0 train/one/*", "train/one has no picture that can be decoded"),
         ("truncate -s 0 val/zero/*", "val/zero has no picture that can be decoded"),
-        ("mkdir val/ones", "val: 'ones' is not one of the 2 classes .* similar is 'one': rename"),
+        ("mkdir val/ones", "val: 'ones' is not one of the 2 classes trained on. Was it .* 'one'"),
         ("rm -r val/*", "photos/val has no sub-folders"),
         ("rm -r val/*/*", "photos/val has no picture"),
-        ("mv val/one val/Zero", "val: 'Zero' is not one of the 2 classes .* similar is 'zero'"),
+        (
+            "mv val/one val/Zero",
+            "val: 'Zero' is not one of the 2 classes trained on. Was it .* 'zero'",
+        ),
         (
             "for x in train/one/*; do echo > $x.raw; rm $x; done",
-            "train/one has no picture: files that are not pictures: 12 .raw$",
+            "train/one has no picture: files that Pillow cannot read: 12 .raw$",
         ),
     ],
 )

@@ -32,7 +32,7 @@ def make_result(predicted: np.ndarray, classes: list[str]) -> evaluate.Result:
     summary = {"images": 8, "dataset": "8 pictures", "test_images_chose_checkpoint": True}
     summary |= {"checkpoint": "run/best.pt", "epoch": 3, "tta": False, "loss": 1.25}
     summary |= {"intervals_95": {}, "top1_accuracy": 5 / 8, "classes_without_images": []}
-    summary["constants"] = {"seed": 0}
+    summary["constants"] = {"seed": 0, "dataset": "photos"}
     return evaluate.Result(classes, LABELS, predicted, CONFIDENCE, "results", summary)
 
 
@@ -151,7 +151,7 @@ def test_page_of_10000_pictures_stays_below_10_megabytes(tmp_path):
 def test_clicks_on_a_cell_a_class_and_a_column_show_what_they_say(page):
     with Browser(page) as browser:
         assert browser.text("h1") == "run/best.pt, epoch 3"
-        assert "8 pictures, which selected the checkpoint: optimistic" in browser.text("#lines")
+        assert "8 pictures of photos: the checkpoint was selected on them" in browser.text("#lines")
         assert browser.text("#which") == "3 images: mistakes, the surest first"
         captions = browser.texts("#images figcaption")
         assert captions[0] == "fox\ntaken for dog, 85.0 %\nval/7.jpg\nother: dog"
@@ -198,7 +198,7 @@ def test_address_opens_pairs_and_what_only_one_network_has_right(page):
         assert browser.run("scrollY") > 0
         copies, suspects = "#sections .gallery:nth-child(4)", "#sections .gallery:nth-child(6)"
         assert browser.texts(f"{copies} figcaption") == [
-            "similarity 0.900: a copy\ntest val/0.png: cat\ntraining train/0.png: dog",
+            "similarity 0.900: probably a copy\ntest val/0.png: cat\ntraining train/0.png: dog",
             "similarity 0.650: below the limit\ntest val/1.png: cat\ntraining train/1.png: dog",
         ]
         assert len(browser.texts(f"{copies} .tile")) == 4
