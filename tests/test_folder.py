@@ -204,6 +204,8 @@ def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     for text in (json.dumps(written), "{", "[]", "{}", "7", '{"hash": 0}'):
         about.write_text(text)
         assert count() == 13, text
+    assert f"decoded  {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
+    assert count() == 13
     assert f"found    {path}: 13 pictures, 0.0 MB" in capsys.readouterr().out
 
 
