@@ -544,7 +544,7 @@ def tell_enough_minutes(clock: utils.Clock, args: Namespace, missing: int) -> No
     needed = clock.network_seconds(args.batch_size) + missing * clock.image_seconds
     minutes = math.ceil(args.minutes + (needed - clock.seconds_left()) / 60)
     advice = f"from about --minutes {minutes} on, the network is trained, too"
-    utils.say("note", f"there is time for the head alone; {advice}")
+    utils.say("note", f"there is only time for the head; {advice}")
 
 
 def fit_head(

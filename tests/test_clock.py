@@ -208,10 +208,10 @@ def test_mirrored_images_train_the_head_where_there_is_no_time_for_the_network(
     said = capsys.readouterr().out
     assert "on the features of 40 of 40 images and 40 mirrored ones\n" in said
     assert "0.00 epochs of the network" in said and 58 < machine.now <= 60
-    assert "there is time for the head alone; from about --minutes 2 on, the network is" in said
+    assert "there is only time for the head; from about --minutes 2 on, the network is" in said
     machine.now = 0
     train.main([*RUN, "--minutes", "2"])
-    assert machine.steps > 0 and "the head alone" not in capsys.readouterr().out
+    assert machine.steps > 0 and "only time for the head" not in capsys.readouterr().out
 
 
 def test_interrupted_run_continues_with_the_time_that_is_left(folder, machine):
