@@ -267,23 +267,24 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 exec(sys.argv[1])
 before = resident()
-for _ in range(5):  # a small object above them may keep them, by chance, but not each time
-    tensors = [torch.ones(2**22) for _ in range(16)]  # 256 MB, freed from the last to the first
-    while tensors:
-        tensors.pop()
-    print((resident() - before) / 2**28)
+tensors = [torch.ones(2**22) for _ in range(16)]  # 256 MB, freed from the last to the first
+while tensors:
+    tensors.pop()
+print((resident() - before) / 2**28)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 @pytest.mark.parametrize(("first", "kept"), [("", 0), ("utils.choose_device('cpu')", 1)])
 def test_on_a_cpu_freed_memory_is_kept(first, kept):
+    """In each of five processes: in one of four or so, glibc never returns memory of its heap."""
     command = [sys.executable, "-c", USE_MEMORY, first]
-    held = [float(x) for x in subprocess.check_output(command, cwd=ROOT, text=True).split()]
-    if kept:
-        assert min(held) > 0.9
-    else:
-        assert held[0] < 0.1
+    for _ in range(5):
+        held = float(subprocess.check_output(command, cwd=ROOT, text=True))
+        if kept:
+            assert held > 0.9
+        else:
+            assert held < 0.1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
