@@ -867,11 +867,9 @@ def describe_check(check: DataCheck) -> Lines:
 # ---- tables and pictures ------------------------------------------------------------------------
 
 # Files of an earlier evaluation that this one may not have, and what earlier versions drew
-earlier_files = (
-    "superclass_confusion_matrix.png comparison.png comparison.json training_curves.png "
-)
-earlier_files += "duplicates.csv suspect_labels.csv most_confused.png mistakes.png per_class.png "
-earlier_files += "reliability.png duplicates.png suspect_labels.png"
+earlier_files = "superclass_confusion_matrix.png comparison.png comparison.json duplicates.csv "
+earlier_files += "training_curves.png suspect_labels.csv most_confused.png mistakes.png "
+earlier_files += "per_class.png reliability.png duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -1184,17 +1182,15 @@ def list_galleries(check: DataCheck, lines: Lines) -> list[dict]:
         else:
             unlike.append(pair)
     above, below = [*unlike, *alike][:200], check.pairs[count:][:12]
-    shown = (
-        f"{len(above)} of {count:,} pairs above {check.facts['threshold']}, those with different "
-    )
-    shown += f"labels first, then the {len(below)} next most similar"
+    shown = f"{len(above)} of {count:,} pairs above {check.facts['threshold']}, those with "
+    shown += f"different labels first, then the {len(below)} next most similar"
     lines = [*lines, ("shown", shown)]
     for values, pictures in [*above, *below]:
         name, other, similarity, label, other_label, _ = values
         verdict = f"similarity {similarity:.3f}"
         if not check.facts["undecided"]:
-            above = similarity > check.facts["threshold"]
-            verdict += ": probably a copy" if above else ": below the limit"
+            is_copy = similarity > check.facts["threshold"]
+            verdict += ": probably a copy" if is_copy else ": below the limit"
         caption = [verdict, f"test {name}: {label}", f"training {other}: {other_label}"]
         figures.append((pictures, caption))
     sections = [{"title": "Copies, beside the training image", "lines": lines, "figures": figures}]

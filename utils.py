@@ -697,6 +697,7 @@ class Clock:
         return self.least_steps * 2.5 * batch_size * self.image_seconds
 
     def is_network_worth_it(self, batch_size: int) -> bool:
+        """Whether more time than network_seconds() is left."""
         return of_rank_0(self.seconds_left() > self.network_seconds(batch_size))
 
     def is_closing_worth_it(self) -> bool:

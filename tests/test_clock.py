@@ -157,7 +157,7 @@ def test_features_are_of_as_many_images_as_there_is_time_for(folder, machine, ca
     train.main([*RUN, *flags])
     said = capsys.readouterr().out
     assert "on the features of 28 of 40 images\n" in said
-    # 150 steps as long as 2.5 * 600 passes, features of 12 images, 59.5 - 48.5 seconds short
+    # 150 steps of 4 images would take 2.5 * 600 * 0.5 seconds: 12.5 minutes more
     assert "from about --minutes 14 on, the network is trained, too" in said
     assert "0.00 epochs of the network" in said and 57 < machine.now <= 60
 
