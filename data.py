@@ -321,30 +321,13 @@ def find_test_part(dataset: str) -> str:
 def identify(settings: Namespace, split: Split) -> str:
     """The name of a built-in data set; for pictures of a folder, their number and checksum.
 
-    The checksum is the crc32 of the labels, followed by all pixels.
+    The checksum is the crc32 of the labels and of the crc32 of each picture's pixels.
     """
     if settings.dataset in BUILT_IN:
         return settings.dataset
-    total = zlib.crc32(split.labels.numpy())
-    total = join_checksums(total, compute_checksums(split), math.prod(split.stored.shape[1:]))
+    checksums = np.array(compute_checksums(split), np.uint32)
+    total = zlib.crc32(checksums, zlib.crc32(split.labels.numpy()))
     return f"{len(split.labels)} pictures, crc32 {total:08x}"
-
-
-def join_checksums(total: int, checksums: Sequence[int], length: int) -> int:
-    """The crc32 of some bytes followed by images of length bytes each, from the crc32 of all these.
-
-    No pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f depends on the length of b
-    alone, and f(x ^ y) is f(x) ^ f(y), so that f of a number follows from f of its bits.
-    """
-    zeros = bytes(length)
-    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
-    for checksum in checksums:
-        joined = checksum
-        for bit in range(32):
-            if total >> bit & 1:
-                joined ^= f_of_bit[bit]
-        total = joined
-    return total
 
 
 def compute_checksums(split: Split) -> Sequence[int]:
@@ -1341,14 +1324,12 @@ def to_gray(images: Tensor, size: int) -> Tensor:
     return F.interpolate(gray, (size, size), mode="bilinear", antialias=True)
 
 
-def make_thumbnails(
-    images: Tensor, device: torch.device | None = None, rows: Tensor | None = None
-) -> Tensor:
+def make_thumbnails(split: Split, device: torch.device) -> Tensor:
     """Gray 8 x 8 pixels minus their mean (N, 64): near for copies, whatever their colours."""
-    rows = torch.arange(len(images), device=images.device) if rows is None else rows
     thumbnails = []
-    for part in rows.split(512):  # of the images themselves, no more are ever copied
-        thumbnails.append(to_gray(take(images, part, device or images.device), 8).flatten(1))
+    for rows in split.numbers().split(512):  # of the images themselves, no more are ever copied
+        images = take(split.stored, rows, device)
+        thumbnails.append(to_gray(images, 8).flatten(1))
     small = torch.cat(thumbnails)
     return small - small.mean(1, keepdim=True)
 
@@ -1398,46 +1379,35 @@ def compare_pixels(images: Tensor, others: Tensor) -> Tensor:
 
 
 def find_copies(
-    images: Tensor,
-    others: Tensor,
-    features: Tensor,
-    other_features: Tensor,
-    progress: bool = False,
-    rows: Tensor | None = None,
-    other_rows: Tensor | None = None,
+    test: Split, train: Split, features: Tensor, train_features: Tensor, progress: bool = False
 ) -> tuple[Tensor, Tensor, float]:
-    """The likeliest copy of each of N images among others: index, similarity (N,), how many alike.
+    """The likeliest copy of each test image among the training images.
 
-    Candidates are the three nearest by the features (N, D) of any network (Barz & Denzler 2020,
-    arXiv 1902.00423, take the nearest), the nearest thumbnail, and the nearest to the mirrored
-    thumbnail. Their pixels decide: pairs above COPY_SIMILARITY are copies. The third result is the
-    share of up to 4,000 images whose 11th nearest is above it, too. If it is more than ALIKE, the
-    pixels do not decide. It is computed on the features' device; the images may be elsewhere, and
-    be the rows (N,) of more that are stored.
+    Returns their indices and similarities (N,), and how many of the test images are alike: the
+    share, of up to 4,000, whose 11th nearest is above COPY_SIMILARITY, too. Candidates are the
+    three nearest by the features (N, D) of any network (Barz & Denzler 2020, arXiv 1902.00423,
+    take the nearest), the nearest thumbnail, and the nearest to the mirrored thumbnail. Their
+    pixels decide: pairs above COPY_SIMILARITY are copies, unless more than ALIKE are alike. It is
+    computed on the features' device; the images may be elsewhere.
     """
-    device = features.device
-    rows = torch.arange(len(images)) if rows is None else rows
-    other_rows = torch.arange(len(others)) if other_rows is None else other_rows
-    rows, other_rows = rows.to(images.device), other_rows.to(others.device)
+    device, rows, train_rows = features.device, test.numbers(), train.numbers()
 
     def compare(indices: Tensor, partners: Tensor) -> Tensor:
-        """Similarity (P,) of the images with these indices and their partners among the others."""
-        pairs = list(zip(indices.split(64), partners.split(64)))
+        """Similarity (P,) of test images and training images, pair by pair."""
+        pairs = list(zip(indices.cpu().split(64), partners.cpu().split(64)))
         similarity = []
         for i, j in tqdm(pairs, "compare", unit="64 pairs", leave=False, disable=not progress):
-            first = take(images, rows[i.to(rows.device)], device)
-            second = take(others, other_rows[j.to(other_rows.device)], device)
-            similarity.append(compare_pixels(first, second))
+            images = take(test.stored, rows[i], device)
+            train_images = take(train.stored, train_rows[j], device)
+            similarity.append(compare_pixels(images, train_images))
         return torch.cat(similarity)
 
-    nearest = find_nearest(features, other_features, 11)
-    thumbnails = make_thumbnails(images, device, rows)
-    gallery = make_thumbnails(others, device, other_rows)
+    nearest = find_nearest(features, train_features, 11)
+    thumbnails, train_thumbnails = make_thumbnails(test, device), make_thumbnails(train, device)
     mirrored = thumbnails.view(-1, 8, 8).flip(2).flatten(1)
-    candidates = torch.cat(
-        [nearest[:, :3], find_nearest(thumbnails, gallery, 1), find_nearest(mirrored, gallery, 1)],
-        dim=1,
-    )
+    by_thumbnail = find_nearest(thumbnails, train_thumbnails, 1)
+    by_mirrored = find_nearest(mirrored, train_thumbnails, 1)
+    candidates = torch.cat([nearest[:, :3], by_thumbnail, by_mirrored], dim=1)
     indices = torch.arange(len(rows), device=device)
     similarity = compare(indices.repeat_interleave(candidates.shape[1]), candidates.flatten())
     best, column = similarity.view_as(candidates).max(1)

@@ -22,9 +22,9 @@ import base64
 import copy
 import csv
 import json
-import logging
 import math
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +39,10 @@ import numpy as np
 import seaborn as sns
 import torch
 import torch.nn.functional as F
-from matplotlib import font_manager
-from matplotlib import pyplot as plt
+from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
@@ -65,9 +63,8 @@ TTA = False  # average the logits over each image and its mirror image: twice th
 COMPARE = []  # results folder to compare with, image by image; of another recipe, one per seed
 RESULTS = []  # results folders, one per seed, to compare with COMPARE; no checkpoint is evaluated
 CHECK_DATA = False  # look for copies and wrong labels: runs over the training images too
-EXPORT = ""  # file for the model with its preprocessing: .pt2 for torch alone, or .onnx; "": none
+EXPORT = ""  # file for the model with its preprocessing, which ends in .pt2; "": none
 IMAGES = []  # pictures, or folders of them, to classify instead of the test images
-SHOW = True  # open the confusion matrix in a window where there is a display
 
 Lines = list[tuple[str, str]]  # texts with their labels, as utils.say() prints them
 Row = tuple[list, list[Tensor]]  # of a table, and the pictures that it is about
@@ -84,24 +81,22 @@ def main(argv: list[str] | None = None) -> None:
         if overwritten or not (runs == others == 1 or min(runs, others) > 1):
             expected = "one folder, not --results-dir, or at least two each in --results and "
             utils.refuse_flag("compare", args.compare, f"{expected}--compare")
-    if args.export and Path(args.export).suffix not in (".pt2", ".onnx"):
-        utils.refuse_flag("export", args.export, "a name that ends in .pt2 or .onnx")
+    if args.export and Path(args.export).suffix != ".pt2":
+        utils.refuse_flag("export", args.export, "a name that ends in .pt2")
     if args.export and not Path(args.export).parent.is_dir():
         utils.refuse_flag("export", args.export, "a folder that exists")
     if args.export and (args.images or args.results):
         utils.refuse_flag("export", args.export, "neither --images nor --results beside it")
     if args.results:
-        picture = compare_results(args, folder)
+        compare_results(args, folder)
+        return
+    classifier = Classifier(args)
+    with writing_into(folder):
+        pass  # rather fail now than after the network ran
+    if args.images:
+        classify_pictures(classifier, args, folder)
     else:
-        classifier = Classifier(args)
-        with writing_into(folder):
-            pass  # rather fail now than after the network ran
-        if args.images:
-            classify_pictures(classifier, args, folder)
-            return
-        picture = evaluate(classifier, args, folder)
-    if args.show:
-        open_window(picture)
+        evaluate(classifier, args, folder)
 
 
 # ---- the network and what it predicts -----------------------------------------------------------
@@ -236,8 +231,8 @@ def read_part(classifier: Classifier, args: Namespace, part: str) -> tuple[data.
     return split, dataset
 
 
-def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
-    """Evaluates on the test images, writes everything, then prints; returns the picture to show."""
+def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> None:
+    """Evaluates on the test images, writes everything, then prints."""
     test, summary = read_test_images(classifier, args)
     classes, labels = classifier.classes, test.labels.numpy()
     like = Namespace(classes=classes, labels=labels, summary=summary)
@@ -264,7 +259,7 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     )
     with writing_into(folder, earlier_files.split()) as new:
         write_tables(result, report, test.files, check, new)
-        draw_pictures(result, others, new)
+        draw_matrices(result, new)
         write_report(result, test, others, check, lines, new)
     print_classes(result, report)
     print_lines(lines["numbers"])
@@ -276,7 +271,6 @@ def evaluate(classifier: Classifier, args: Namespace, folder: Path) -> Path:
     utils.say("results", f"{folder}; open {folder / 'report.html'} in a browser")
     if args.export:
         export(classifier, test.images, views[0].softmax(1), Path(args.export))
-    return folder / "confusion_matrix.png"
 
 
 def export(classifier: Classifier, images: Tensor, probabilities: Tensor, path: Path) -> None:
@@ -311,7 +305,7 @@ def summarize(result: Result, views: Tensor, classifier: Classifier) -> dict:
         "epoch": checkpoint["epoch"],
         "precision": checkpoint["precision"],
         "constants": checkpoint["constants"],
-        "history": utils.read_history(classifier.path, checkpoint["history"]),
+        "history": checkpoint["history"],
     }
     if result.classes == data.CLASSES:
         superclasses = data.count_superclasses(data.by_superclass(count_matrix(result)))
@@ -495,20 +489,18 @@ def read_result(folder: str, like: Result | Namespace | None = None) -> Result:
     return result
 
 
-def compare_results(args: Namespace, folder: Path) -> Path:
-    """Compares results folders, writes everything, then prints; returns the picture to show."""
+def compare_results(args: Namespace, folder: Path) -> None:
+    """Compares results folders, writes comparison.json, then prints."""
     first = read_result(args.results[0])
     these = [read_result(path, first) for path in args.results]
     others = [read_result(path, first) for path in args.compare]
-    comparison, picture = compare(these, others), folder / "comparison.png"
+    comparison = compare(these, others)
     with writing_into(folder) as new:
         text = json.dumps(comparison, indent=2) + "\n"
         (new / "comparison.json").write_text(text, encoding="utf-8")
-        save_picture(draw_comparison(these, others, comparison), new / picture.name)
     print_changes(comparison)
     print_lines(describe_comparison(these, others, comparison))
-    utils.say("results", f"{picture}, {folder / 'comparison.json'}")
-    return picture
+    utils.say("results", f"{folder / 'comparison.json'}")
 
 
 def compare(these: list[Result], others: list[Result]) -> dict:
@@ -599,16 +591,11 @@ def compare_accuracies(correct: np.ndarray, other_correct: np.ndarray) -> dict:
     return comparison
 
 
-def largest_changes(comparison: dict, count: int) -> list[dict]:
-    """The classes whose F1 rose and fell most, at most count each, the largest gain first."""
+def print_changes(comparison: dict) -> None:
+    """Prints the classes whose F1 rose and fell most, at most five each, the largest gain first."""
     rose = [row for row in comparison["classes"] if row["f1_change"] > 0]
     fell = [row for row in comparison["classes"] if row["f1_change"] < 0]
-    return rose[:count] + fell[-count:]
-
-
-def print_changes(comparison: dict) -> None:
-    """Prints the classes that changed most."""
-    changes = largest_changes(comparison, 5)
+    changes = rose[:5] + fell[-5:]
     title = "largest changes in F1, with correct images" if changes else "F1: no class has changed"
     print(f"\n{title}")
     for row in changes:
@@ -707,7 +694,7 @@ def check_data(
     images, others = test.to(classifier.device), train.to(classifier.device)
     features, other_features = extract_features(images), extract_features(others)
     partner, similarity, alike = data.find_copies(
-        images.stored, others.stored, features, other_features, True, images.rows, others.rows
+        images, others, features, other_features, progress=True
     )
     partner, similarity = partner.cpu(), similarity.cpu()
     pairs = list_pairs(test, train, partner, similarity, classes)
@@ -867,9 +854,9 @@ def describe_check(check: DataCheck) -> Lines:
 # ---- tables and pictures ------------------------------------------------------------------------
 
 # Files of an earlier evaluation that this one may not have, and what earlier versions drew
-earlier_files = "superclass_confusion_matrix.png comparison.png comparison.json duplicates.csv "
-earlier_files += "training_curves.png suspect_labels.csv most_confused.png mistakes.png "
-earlier_files += "per_class.png reliability.png duplicates.png suspect_labels.png"
+earlier_files = "superclass_confusion_matrix.png comparison.json duplicates.csv suspect_labels.csv "
+earlier_files += "comparison.png training_curves.png most_confused.png mistakes.png per_class.png "
+earlier_files += "reliability.png duplicates.png suspect_labels.png"
 
 
 @contextmanager
@@ -952,59 +939,22 @@ def list_matrix_rows(result: Result) -> Iterator[list]:
         yield [name, *np.bincount(predicted, minlength=len(result.classes))]
 
 
-def draw_pictures(result: Result, others: list[Result], folder: Path) -> None:
-    """Draws and writes the pictures for which there is something to draw."""
+def draw_matrices(result: Result, folder: Path) -> None:
+    """Draws the confusion matrix and, of CIFAR-100, that of its superclasses."""
     per_cell = -(-len(result.classes) // 1000)  # or it would need gigabytes
     matrix, names, groups = count_matrix(result, per_cell), result.classes[::per_cell], []
-    if result.classes == data.CLASSES:
-        names, groups = list(chain(*data.SUPERCLASSES.values())), list(data.SUPERCLASSES)
-        matrix = data.by_superclass(matrix)
-        superclasses = draw_matrix(data.count_superclasses(matrix), groups)
-        save_picture(superclasses, folder / "superclass_confusion_matrix.png")
-    save_picture(draw_matrix(matrix, names, groups), folder / "confusion_matrix.png")
-    if others:
-        figure = draw_comparison([result], others, result.summary["comparison"])
-        save_picture(figure, folder / "comparison.png")
-    history = result.summary["history"]
-    if history:
-        figure = utils.draw_curves(history, result.summary["constants"]["watch"])
-        save_picture(figure, folder / "training_curves.png")
-    else:
-        utils.say("note", "nothing to draw in training_curves.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that matplotlib's font lacks are boxes
+        if result.classes == data.CLASSES:
+            names, groups = list(chain(*data.SUPERCLASSES.values())), list(data.SUPERCLASSES)
+            matrix = data.by_superclass(matrix)
+            superclasses = draw_matrix(data.count_superclasses(matrix), groups)
+            save_picture(superclasses, folder / "superclass_confusion_matrix.png")
+        save_picture(draw_matrix(matrix, names, groups), folder / "confusion_matrix.png")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure, in inches; made without pyplot, which would open a window."""
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # or seaborn would use pyplot
-    return figure
-
-
-def legible(texts: Iterable[str]) -> list[str]:
-    """The texts for pictures, from now on without mathematics in "$": call it before drawing them.
-
-    Letters that matplotlib's font lacks come from an installed one, or are escaped: "\\u4e2d".
-    """
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # any weight will do
-    texts, families, find = list(texts), plt.rcParams["font.family"], font_manager.FontProperties
-    missing = set("".join(texts)) - {"\n"}
-    for name in [find().get_name(), *sorted(font_manager.get_font_names())]:
-        if not missing:
-            break
-        if name.startswith("Last Resort"):  # which has boxes for all letters
-            continue
-        font = font_manager.get_font(font_manager.findfont(find(family=name)))
-        found = {x for x in missing if x.isprintable() and font.get_char_index(ord(x))}
-        if found and name not in families:
-            families = [*families, name]
-        missing -= found
-    plt.rcParams.update({"font.family": families, "text.parse_math": False})
-    escapes = {ord(x): x.encode("unicode_escape").decode() for x in missing}
-    return [text.translate(escapes) for text in texts]
 
 
 def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()) -> Figure:
@@ -1012,13 +962,15 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
     count, numbered = len(names), len(names) <= 20
     fractions = matrix / matrix.sum(1, keepdims=True).clip(1)
     label = "fraction of the true class's images" + ("; numbers: images" if numbered else "")
-    ticks = legible(names) if count <= 200 else False
+    ticks = [name.encode(errors="replace").decode() for name in names] if count <= 200 else False
     style = {"xticklabels": ticks, "yticklabels": ticks, "square": True, "cmap": "Blues", "fmt": ""}
     style["norm"] = PowerNorm(0.5, 0, 1)  # so that a few per cent are visible beside 90
     style["annot"] = np.where(matrix, matrix, "") if numbered else None
     style["cbar_kws"] = {"label": label, "shrink": 0.5, "pad": 0.02}
     side = max(7, min(40, count * (0.55 if numbered else 0.2)))
-    figure = new_figure(side, side)
+    figure = Figure((side, side), layout="constrained")
+    FigureCanvasAgg(figure)  # or seaborn would use pyplot, which opens a window
+    rcParams["text.parse_math"] = False  # a "$" in a class's name is no formula
     axes = sns.heatmap(fractions, ax=figure.subplots(), **style)
     axes.tick_params("y", rotation=0)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -1030,53 +982,6 @@ def draw_matrix(matrix: np.ndarray, names: list[str], groups: Sequence[str] = ()
         axes.secondary_yaxis("right").set_yticks(middles, groups)
         axes.secondary_xaxis("top").set_xticks(middles, groups, rotation=60, ha="left")
     return figure
-
-
-def draw_comparison(these: list[Result], others: list[Result], comparison: dict) -> Figure:
-    """The largest changes in F1, 15 each way; all runs, and the difference with its interval."""
-    changes = largest_changes(comparison, 15)
-    figure, this, other = new_figure(12, 8), "steelblue", "darkorange"
-    axes = figure.subplot_mosaic([["f1", "runs"], ["f1", "difference"]])
-    left, upper, lower = axes["f1"], axes["runs"], axes["difference"]
-
-    values = [row["f1_change"] for row in changes]
-    colors = [this if value > 0 else other for value in values]
-    bars = left.barh(range(len(changes)), values, color=colors)
-    left.bar_label(bars, fmt="%+.3f", padding=2)
-    left.set_yticks(range(len(changes)), legible(row["class"] for row in changes))
-    left.margins(x=0.2)
-    title = "" if changes else "no class has changed"
-    left.set(title=title, xlabel="change in F1: this evaluation - other")
-    left.set_ylim(max(15, len(changes)) - 0.5, -0.5)
-    sns.despine(ax=left)
-
-    for place, (runs, color) in enumerate([(these, this), (others, other)]):
-        accuracies = [run.correct.mean() for run in runs]
-        upper.plot(accuracies, [place] * len(runs), "o", color=color, alpha=0.6)
-        upper.plot(np.mean(accuracies), place, "|", color=color, ms=40, mew=2)
-    upper.set(xlabel="top-1 accuracy of each run (points) and their mean (line)", ylim=(-0.5, 1.5))
-    upper.set_yticks([0, 1], ["this", "other"])
-    upper.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-
-    lower.plot(comparison["difference_interval_95"], [0, 0], color="black")
-    lower.plot(comparison["difference"], 0, "o", color="black")
-    lower.axvline(0, color="gray", linestyle=":")
-    lower.set(xlabel="difference in points, this - other, with its 95 % interval", yticks=[])
-    lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    return figure
-
-
-def open_window(path: Path) -> None:
-    """Shows a picture until its window is closed; does nothing if there is no display."""
-    try:
-        plt.figure(path.name, layout="constrained")
-        plt.imshow(plt.imread(path))
-        plt.axis("off")
-        if plt.get_backend().lower() != "agg":  # which matplotlib chooses without a display
-            plt.show()
-        plt.close()
-    except Exception as error:  # noqa: BLE001, a backend or display that does not exist
-        utils.say("note", f"no window: {error}")
 
 
 # ---- a page to look at --------------------------------------------------------------------------
@@ -1121,8 +1026,8 @@ def write_report(
         "support": result.support.tolist(),
         "comparison": summary.get("comparison"),
     }
-    curves = folder / "training_curves.png"
-    if curves.exists():
+    curves = Path(summary["checkpoint"]).with_name("training_curves.png")  # which train.py drew
+    if curves.is_file():
         page["curves"] = as_url("image/png", curves.read_bytes())
     sections = list_tables(result)
     if check:

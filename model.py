@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 from torchvision.models import get_model, get_model_weights, list_models
@@ -370,16 +370,17 @@ def export(
 ) -> None:
     """Writes a Portable into one file, once that has predicted what an evaluation did.
 
-    batches: uint8 (B, 3, S, S), with the probabilities (N, num_classes) of the evaluation. path:
-    its suffix .onnx asks for ONNX. Raises UserError if predictions differ by more than tolerance.
+    batches: uint8 (B, 3, S, S), with the probabilities (N, num_classes) of the evaluation. The class
+    names are in the file as classes.json. Raises UserError if predictions differ by more than
+    tolerance.
     """
     sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
-    suffix = ".onnx" if path.suffix == ".onnx" else ".pt2"
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-            file = Path(scratch, f"model{suffix}")
+            file = Path(scratch, path.name)
             program = torch.export.export(portable.eval(), (example,), dynamic_shapes=(sizes,))
-            predict = write_program(program, json.dumps(classes), file)
+            torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
+            predict = torch.export.load(file).module()
             with torch.inference_mode():
                 bar = tqdm(batches, "check", unit="batch", leave=False)
                 exported = torch.cat([predict(batch) for batch in bar])
@@ -395,23 +396,3 @@ def export(
     equal = (exported.argmax(1) == probabilities.argmax(1)).sum()
     counts = f"{equal:,} of {len(exported):,} images are classified as above"
     utils.say("export", f"{path}: {counts}, probabilities differ by up to {difference:.2g}")
-
-
-def write_program(program: ExportedProgram, classes: str, file: Path) -> Callable:
-    """Writes program and class names (JSON); returns what predicts with the file's content."""
-    if file.suffix == ".pt2":
-        torch.export.save(program, file, extra_files={"classes.json": classes})
-        return torch.export.load(file).module()
-    try:
-        import onnxruntime
-
-        exported = torch.onnx.export(program, verbose=False)
-    except ImportError as error:
-        raise utils.UserError(
-            f"ONNX needs the packages onnxscript and onnxruntime ({error}). Install them, or give "
-            "--export a name without .onnx: that needs torch alone"
-        ) from error
-    exported.model.metadata_props["classes.json"] = classes
-    exported.save(file)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda pictures: torch.from_numpy(session.run(None, {"pictures": pictures.numpy()})[0])

@@ -852,19 +852,6 @@ def write_history(path: Path, history: list[dict]) -> None:
         rows.writerows(history)
 
 
-def read_history(checkpoint: Path, own: list[dict]) -> list[dict]:
-    """The history in a checkpoint, or history.csv beside it where that continues it."""
-    try:
-        with open(checkpoint.with_name("history.csv"), encoding="utf-8", newline="") as file:
-            rows = [{key: float(x) for key, x in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error):  # it is missing or damaged
-        return own
-    numbers = [{key: x for key, x in row.items() if key != "head"} for row in own]
-    if own and rows[: len(own)] == numbers:
-        return own + rows[len(own) :]
-    return own
-
-
 def draw_progress(folder: Path, history: list[dict], watch: str, at_once: bool = False) -> None:
     """Redraws training_curves.png in the folder, at most every ten seconds: rank 0 does.
 

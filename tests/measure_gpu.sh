@@ -40,7 +40,7 @@ learn() {
     shift
     # shellcheck disable=SC2086
     run "$name" python train.py --weights "$weights" --checkpoint-dir "$out/$name" $short "$@"
-    local evaluate=(python evaluate.py --checkpoint "$best" --no-show ${REHEARSAL:+--device cpu})
+    local evaluate=(python evaluate.py --checkpoint "$best" ${REHEARSAL:+--device cpu})
     run "$name-test" "${evaluate[@]}" --results-dir "$out/$name-results"
     run "$name-tta" "${evaluate[@]}" --results-dir "$out/$name-tta-results" --tta
 }

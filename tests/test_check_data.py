@@ -116,7 +116,7 @@ def test_pixels_of_other_images_do_not_agree(photos):
     labels = photos.labels
     order = labels.argsort(stable=True)
     same_class = torch.stack([order[:-1], order[1:]], 1)[labels[order[:-1]] == labels[order[1:]]]
-    thumbnails = data.make_thumbnails(photos.images)
+    thumbnails = data.make_thumbnails(photos, torch.device("cpu"))
     cosines = (
         torch.nn.functional.normalize(thumbnails) @ torch.nn.functional.normalize(thumbnails).T
     )
@@ -139,18 +139,24 @@ def test_copies_are_found_among_many_images(photos):
         resnet.extract_features(network, data.EvalLoader(x, 100, 32), torch.float32)
         for x in (images, photos.images)
     )
-    partner, similarity, alike = data.find_copies(images, photos.images, features, other_features)
+    partner, similarity, alike = data.find_copies(
+        as_split(images), photos, features, other_features
+    )
     assert alike <= data.ALIKE
     copied = similarity > data.COPY_SIMILARITY
     found = (partner == sources) & copied
     assert found.float().mean() > 0.76
     assert found[:20].all()  # identical and mirrored
     assert (copied & (partner != sources)).sum() <= 2
-    alone = data.find_copies(images[5:6], photos.images, features[5:6], other_features)
+    alone = data.find_copies(as_split(images[5:6]), photos, features[5:6], other_features)
     assert alone[0].item() == 5 and alone[1].item() == pytest.approx(similarity[5].item(), abs=1e-4)
     noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
-    mirrored = data.find_copies(photos.images[:20].flip(3), photos.images, noise[:20], noise)
+    mirrored = data.find_copies(as_split(photos.images[:20].flip(3)), photos, noise[:20], noise)
     assert mirrored[0].tolist() == list(range(20))  # by their thumbnails
+
+
+def as_split(images: torch.Tensor) -> data.Split:
+    return data.Split(images, torch.zeros(len(images)).long())
 
 
 def make_textures(count: int, seed: int = 0) -> torch.Tensor:
@@ -174,7 +180,7 @@ def test_frames_of_a_scene_are_copies_or_said_to_be_undecided(frames, undecided)
     scenes = torch.eye(20).repeat_interleave(frames, 0)
     features = scenes + 0.1 * torch.randn(scenes.shape, generator=generator)
     features = features[is_test], features[~is_test]
-    _, similarity, alike = data.find_copies(test, train, *features)
+    _, similarity, alike = data.find_copies(as_split(test), as_split(train), *features)
     assert (similarity > data.COPY_SIMILARITY).float().mean() > 0.97
     assert (alike > data.ALIKE) == undecided
 
@@ -229,7 +235,7 @@ def test_every_fold_has_its_share_of_every_class_and_classes_below_five_are_in_n
 
 def test_wrong_labels_of_digits_come_first_whatever_the_seed():
     digits = data.read_digits("train")[0].select(slice(1000))
-    features, labels = data.make_thumbnails(digits.images), digits.labels.clone()
+    features, labels = data.make_thumbnails(digits, torch.device("cpu")), digits.labels.clone()
     labels[::50] = (labels[::50] + torch.arange(20) % 9 + 1) % 10  # 20 of 1,000 are wrong
     torch.manual_seed(1)
     probabilities = resnet.predict_out_of_fold(features, labels, 10)
@@ -314,8 +320,8 @@ def planted(tmp_path_factory) -> Planted:
         run_script(*argv, cwd=folder)
         for argv in (
             ["train.py", *flags.split()],
-            ["evaluate.py", "--no-show", "--tta", "--results-dir", "other"],
-            ["evaluate.py", "--no-show", "--check-data", "--compare", "other"],
+            ["evaluate.py", "--tta", "--results-dir", "other"],
+            ["evaluate.py", "--check-data", "--compare", "other"],
         )
     ]
     assert not [script.stderr for script in scripts if script.status]
@@ -399,7 +405,7 @@ def test_accuracy_and_comparison_without_copies_are_those_of_the_other_rows(plan
 
 def test_an_evaluation_without_check_removes_an_earlier_check(planted):
     files, other_files = (set(os.listdir(planted.folder / x)) for x in ("results", "other"))
-    assert files - other_files == CHECK_FILES | {"comparison.png"}
+    assert files - other_files == CHECK_FILES
 
 
 def test_other_training_pictures_are_one_message(planted, tmp_path, monkeypatch, capsys):
@@ -408,7 +414,7 @@ def test_other_training_pictures_are_one_message(planted, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     checkpoint = str(planted.folder / "checkpoints/best.pt")
     with pytest.raises(utils.UserError, match=f"photos is not what {checkpoint} was trained on"):
-        evaluate.main(["--check-data", "--no-show", "--checkpoint", checkpoint])
+        evaluate.main(["--check-data", "--checkpoint", checkpoint])
     assert "top-1" not in capsys.readouterr().out  # before the network runs
 
 

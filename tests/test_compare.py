@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-from argparse import Namespace
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 from scipy.special import ndtr, ndtri
@@ -145,7 +143,7 @@ def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
 
 def run_main(folder: Path, *flags: object) -> str:
     """Evaluates into this folder; returns what was printed."""
-    flags = ["--results-dir", folder, "--no-show", *flags]
+    flags = ["--results-dir", folder, *flags]
     with redirect_stdout(StringIO()) as output:
         evaluate.main(list(map(str, flags)))
     return output.getvalue()
@@ -153,9 +151,9 @@ def run_main(folder: Path, *flags: object) -> str:
 
 @pytest.fixture(scope="module")
 def before(checkpoints, tmp_path_factory) -> Path:
-    """The results of the first network, where an earlier comparison had left its picture."""
+    """The results of the first network, where an earlier comparison had left its file."""
     folder = tmp_path_factory.mktemp("before")
-    (folder / "comparison.png").write_text("of an earlier evaluation")
+    (folder / "comparison.json").write_text("of an earlier evaluation")
     run_main(folder, "--checkpoint", checkpoints[0])
     return folder
 
@@ -170,7 +168,7 @@ def after(checkpoints, before, tmp_path_factory) -> tuple[Path, str]:
 def test_results_hold_constants_and_history_and_no_earlier_comparison(before, checkpoints):
     metrics, state = read_json(before / "metrics.json"), load(checkpoints[0])
     assert metrics["constants"] == state["constants"] and metrics["history"] == state["history"]
-    assert "comparison" not in metrics and not (before / "comparison.png").exists()
+    assert "comparison" not in metrics and not (before / "comparison.json").exists()
 
 
 def test_comparison_has_the_numbers_of_the_two_predictions_files(before, after):
@@ -211,7 +209,6 @@ def test_every_number_is_printed_with_what_it_is(checkpoints, before, after):
         "caution  two checkpoints, not two recipes: another SEED changes the accuracy too",
         f"results  {folder}; open {folder / 'report.html'} in a browser",
     ]
-    assert (folder / "comparison.png").exists()
 
 
 # ---- recipes, and runs without their networks ---------------------------------------------------
@@ -246,13 +243,11 @@ def compare_folders(these: list[Path], others: list[Path], folder: Path) -> str:
     return run_main(folder, "--results", *these, "--compare", *others)
 
 
-def test_recipes_are_compared_from_their_folders_without_a_network(
-    recipe, tmp_path, monkeypatch, rendered
-):
+def test_recipes_are_compared_from_their_folders_without_a_network(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "Classifier", None)  # which a network would need
     these, others = recipe("a", [9, 18], learning_rate=0.3), recipe("b", [72, 90, 99], seed=5)
     printed = compare_folders(these, others, tmp_path / "out")
-    table, picture = (tmp_path / "out" / name for name in ("comparison.json", "comparison.png"))
+    table = tmp_path / "out" / "comparison.json"
     low, high = (100 * x for x in read_json(table)["difference_interval_95"])
     assert 0 < low < 20.42 < high < 41
     interval = f"95 % interval over seeds and images {low:+.2f} to {high:+.2f} points"
@@ -267,12 +262,9 @@ def test_recipes_are_compared_from_their_folders_without_a_network(
         "seeds    standard deviation: other 3.82, this 1.77 points",
         "differs  LEARNING_RATE: other 0.1, this 0.3",
         "verdict  this recipe is better than the other",
-        f"results  {picture}, {table}",
+        f"results  {table}",
     ]
-    assert {*(tmp_path / "out").iterdir()} == {table, picture}
-    with Image.open(picture) as image:
-        image.load()
-        assert min(image.size) > 600
+    assert [*(tmp_path / "out").iterdir()] == [table]
 
 
 @pytest.mark.parametrize(
@@ -316,36 +308,6 @@ def test_runs_of_one_recipe_differ_in_their_seeds_alone(recipe, tmp_path):
         with pytest.raises(utils.UserError, match=rf"^.*{found}.* each run with its own SEED$"):
             compare_folders(these, others, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# ---- the picture --------------------------------------------------------------------------------
-
-
-def draw(changes: list[float]) -> list[Axes]:
-    """The panels of comparison.png for these changes in F1 of two recipes: F1, runs, difference."""
-    runs = [Namespace(correct=correct) for correct in right_on(91, 92, 85, 88, 89, images=100)]
-    rows = [{"class": str(i), "f1_change": change} for i, change in enumerate(changes)]
-    comparison = {"classes": rows, "difference": 0.04, "difference_interval_95": [-0.1, 0.2]}
-    figure = evaluate.draw_comparison(runs[:2], runs[2:], comparison)
-    figure.draw_without_rendering()
-    return figure.axes
-
-
-def test_picture_shows_the_15_largest_changes_each_way_every_run_and_the_interval():
-    changes = np.linspace(0.3, -0.5, 100).round(3).tolist()
-    left, upper, lower = draw(changes)
-    assert [bar.get_width() for bar in left.patches] == changes[:15] + changes[-15:]
-    points = [line.get_xydata().tolist() for line in upper.get_lines()]
-    assert points[0] == [[0.91, 0], [0.92, 0]]
-    assert points[2] == [[0.85, 1], [0.88, 1], [0.89, 1]]
-    assert lower.get_lines()[0].get_xdata().tolist() == [-0.1, 0.2]
-
-
-def test_picture_shows_no_class_that_has_not_changed():
-    left, *_ = draw([0.2, 0.1, 0.0, 0.0, -0.1])
-    assert [bar.get_width() for bar in left.patches] == [0.2, 0.1, -0.1] and not left.get_title()
-    left, *_ = draw([0.0] * 100)
-    assert not left.patches and left.get_title() == "no class has changed"
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -423,7 +385,7 @@ def break_network() -> None:
 
 
 def test_a_missing_folder_ends_the_script_before_the_network_runs(checkpoints, tmp_path):
-    flags = ["--checkpoint", str(checkpoints[0]), "--compare", "nowhere", "--no-show"]
+    flags = ["--checkpoint", str(checkpoints[0]), "--compare", "nowhere"]
     script = run_script("evaluate.py", *flags, cwd=tmp_path, prepare=break_network)
     assert script.status == 1 and script.stderr.count("\n") == 1
     assert script.stderr.startswith("nowhere/metrics.json cannot be compared: No such file")

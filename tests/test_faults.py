@@ -86,7 +86,7 @@ def test_run_killed_ten_times_ends_with_the_weights_of_an_unbroken_one(tmp_path)
 
 LEFT = {  # by a script that a signal ends
     "train.py --demo": "nothing is saved yet",
-    "evaluate.py --checkpoint demo/best.pt --no-show": (
+    "evaluate.py --checkpoint demo/best.pt": (
         "the results are incomplete, run it again; checkpoints are untouched"
     ),
 }
@@ -210,7 +210,7 @@ def test_log_that_cannot_be_written_and_other_streams_end_no_script(
 ):
     link_run(finished_run, tmp_path)
     train_flags = [*RUN, "--epochs", "3", "--resume"]
-    flags = {"train.py": train_flags, "evaluate.py": ["--checkpoint", "demo/best.pt", "--no-show"]}
+    flags = {"train.py": train_flags, "evaluate.py": ["--checkpoint", "demo/best.pt"]}
     script = run_script(name, *flags[name], cwd=tmp_path, prepare=prepare)
     assert (script.status, script.stderr) == (0, "")
     assert Path({"train.py": "demo/last.pt", "evaluate.py": "results/metrics.json"}[name]).exists()

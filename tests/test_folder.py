@@ -437,7 +437,7 @@ def test_images_stay_in_memory_if_half_of_the_device_would_be_full(monkeypatch):
 # ---- from end to end ----------------------------------------------------------------------------
 
 TRAIN = [*TINY, "--stored-size", "40", "--epochs"]
-EVALUATE = ["--checkpoint", "checkpoints/demo/best.pt", "--no-show"]
+EVALUATE = ["--checkpoint", "checkpoints/demo/best.pt"]
 
 
 def assert_refused(script, flags: list[str], message: str) -> None:

@@ -74,7 +74,7 @@ def run_all_stages(flags: str, dtype: str, free: float) -> list[str]:
     for stage, main, command in (
         ("train", train_one_epoch, flags + RUN),
         ("resume", train.main, flags + RUN + " --resume"),
-        ("evaluate", evaluate.main, "--checkpoint {size}/best.pt --tta --no-show"),
+        ("evaluate", evaluate.main, "--checkpoint {size}/best.pt --tta"),
     ):
         one, two = (attempt(stage, main, command.format(size=size)) for size in (120, 60))
         findings += [

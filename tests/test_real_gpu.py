@@ -103,7 +103,7 @@ def test_no_step_waits_and_evaluate_agrees_with_the_last_validation(
             speed = f"{history[-1]['images_per_second']:,.0f} images/s"
             print(f"\n{precision} {compiled}: {speed}, at most {memory:.2f} GiB of GPU memory")
 
-    evaluate.main(["--checkpoint", "run/last.pt", "--device", device, "--no-show"])
+    evaluate.main(["--checkpoint", "run/last.pt", "--device", device])
     metrics = read_json("results/metrics.json")
     assert metrics["loss"] == pytest.approx(history[-1]["val_loss"], rel=0.001)
     assert metrics["top1_accuracy"] == pytest.approx(history[-1]["val_accuracy"], abs=2.5 / 360)

@@ -148,7 +148,7 @@ def test_older_checkpoint_of_a_finished_run_is_not_trained_on_but_evaluated(
     assert last.stat().st_ino == saved.st_ino and last.stat().st_mtime_ns == saved.st_mtime_ns
 
     Image.new("RGB", (32, 32)).save(picture)
-    flags = ["--results-dir", str(tmp_path), "--no-show", "--images", str(picture)]
+    flags = ["--results-dir", str(tmp_path), "--images", str(picture)]
     evaluate.main(["--checkpoint", str(last), *flags])
     assert f"{last}, epoch 2" in capsys.readouterr().out
 

@@ -121,7 +121,7 @@ def test_home_folder_is_meant_by_a_tilde_in_flags_and_constants(parse, monkeypat
     [
         ("train.py", "--learning-rate 1e-9 --freeze-batch-norm --epochs 7 --weights ''"),
         ("train.py", "--dataset 'my photos' --stored-size 64 --weight-decay 0.1234567890123"),
-        ("evaluate.py", "--compare 'a b' c --no-show --tta"),
+        ("evaluate.py", "--compare 'a b' c --tta"),
     ],
 )
 def test_command_of_some_settings_gives_these_settings(script, flags):
