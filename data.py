@@ -47,10 +47,6 @@ from tqdm import tqdm
 import utils
 
 try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-try:
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -703,26 +699,17 @@ def scratch_folder(folder: Path, purpose: str) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if fcntl:
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)  # which unlocks it, as the end of a process does
-            if lock(descriptor, folder):
-                for leftover in folder.glob(f".{purpose}-*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):  # there are no locks
+            try:
+                locked = utils.lock(folder)
+            except BlockingIOError:
+                print(f"waiting  another process is writing into {folder}", file=sys.stderr)
+                locked = utils.lock(folder, wait=True)
+            stack.enter_context(locked)
+            for leftover in folder.glob(f".{purpose}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=f".{purpose}-")
         yield Path(stack.enter_context(temporary))
-
-
-def lock(descriptor: int, folder: Path) -> bool:
-    """Locks an open folder once no other process does; False on a file system without locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting  another process is writing into {folder}", file=sys.stderr)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -1235,11 +1222,6 @@ def make_loaders(
     sizes, mode = (args.val_batch_size, args.image_size), args.interpolation
     val_loader = EvalLoader(val_split.stored, *sizes, device, val_split.rows, mode)
     return train_loader, val_loader, val_split.labels
-
-
-def place(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device; in memory still if more than half of the device would be full."""
-    return images.to(device) if fits(images.nbytes, device) else images
 
 
 def fits(size: int, device: torch.device) -> bool:

@@ -131,7 +131,7 @@ class Classifier:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
-        loader = self.load(data.place(images, self.device))
+        loader = self.load(images)
         views = [resnet.predict(self.model, loader, self.dtype, progress=True)]
         if self.tta:  # mirrored batch by batch: the device holds the images once
             mirrored = nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model)

@@ -1096,7 +1096,7 @@ def move_aside(folder: Path) -> None:
     say("earlier", f"the run that was in {folder} is now in {aside}")
 
 
-def lock_folder(folder: Path) -> object:
+def lock_folder(folder: Path) -> TextIO | None:
     """Creates a folder and keeps other runs out while the returned file is open: rank 0 does.
 
     Removes what a run that was killed while it saved has left there. Raises UserError if the folder
@@ -1112,30 +1112,38 @@ def lock_folder(folder: Path) -> object:
             f"{folder} cannot be written: {reason_of(error)}. Choose another --checkpoint-dir"
         ) from error
     try:
-        lock = _open_lock(folder / ".lock")
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(folder)
     except BlockingIOError:
-        lock.close()
         raise UserError(
             f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
         ) from None
-    except OSError as error:  # another user's file, or a file system without locks
+    except OSError as error:
         reason = reason_of(error)
         say("note", f"{folder} is not locked, so keep other runs out yourself: {reason}")
         return None
     for name in RUN_FILES:
         with suppress(OSError):
             (folder / f"{name}.tmp").unlink()
-    return lock
+    return locked
 
 
-def _open_lock(path: Path) -> TextIO:
-    """The file to lock, which another user may have made: to read it is enough."""
+def lock(folder: Path, wait: bool = False) -> TextIO:
+    """The file .lock in a folder, locked until it is closed or this process ends.
+
+    Raises BlockingIOError if another process has locked it, unless this one waits for that, and
+    another OSError where there are no locks, as on Windows and some network disks.
+    """
+    if fcntl is None:
+        raise OSError("there are no locks on Windows")
+    path = folder / ".lock"
+    readable_alone = path.exists() and not os.access(path, os.W_OK)  # another user has made it
+    file = open(path, "r" if readable_alone else "a")  # noqa: SIM115, who unlocks it closes it
     try:
-        return open(path, "a")
-    except PermissionError:
-        return open(path)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 # ---- messages -----------------------------------------------------------------------------------

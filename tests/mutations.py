@@ -193,7 +193,7 @@ FAULTS = [
     ("data.py", 'facts.pop("hash") != _hash(facts)', 'facts.pop("hash") == 0', FOLDER),
     ("data.py", "if total >> bit & 1:", "if total >> bit & 0:", FOLDER),
     ("data.py", "shutil.rmtree(leftover, ignore_errors=True)", "pass", FOLDER),
-    ("data.py", "        fcntl.flock(descriptor, fcntl.LOCK_EX)\n", "        pass\n", FOLDER),
+    ("data.py", "locked = utils.lock(folder, wait=True)", "raise", FOLDER),
     ("data.py", "            del images  # Windows", "            pass  # Windows", FOLDER),
     ("data.py", 'numbers.get(normalize("NFC", name))', "numbers.get(name)", FOLDER),
     ("data.py", 'for part in ("test", "val"):', 'for part in ("val",):', "tests/test_folder.py -k alone"),

@@ -264,6 +264,7 @@ UNLUCKY = ["a$b_$c", "accuracy", "macro avg", "weighted avg", "micro avg", "\u4e
 UNLUCKY += ["Latin-1: \udce9", "#,$", "{0} %s"]  # a folder whose name is not UTF-8; braces
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_in_pictures_are_no_formulas_and_lose_only_bytes_that_are_no_letters():
     figure = evaluate.draw_matrix(np.eye(3, dtype=int), ["a$b_$c", "\u4e2d", "\udce9"])
     labels = figure.axes[0].get_yticklabels()

@@ -48,7 +48,7 @@ def rehearse(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(ResNet, "__init__", smaller(ResNet.__init__))
-        for name in ("draw_pictures", "write_report"):  # fake tensors have no pixels
+        for name in ("draw_matrices", "write_report"):  # fake tensors have no pixels
             patch.setattr(evaluate, name, lambda *args: None)
         patch.setattr(model, "checksum", lambda network: "of fake tensors")
         if fault:
