@@ -6,8 +6,8 @@ grayscale run on the whole batch at once, at the stored size (32 x 32 for CIFAR-
 parameters drawn per image. Normalization is linear, so it can come before the resize, which is then
 the only operation at full size.
 
-Every operation equals that of torchvision.transforms.v2.functional on a single float image;
-tests/test_data.py compares them.
+Every operation, mixup and CutMix aside, equals that of torchvision.transforms.v2.functional on a
+single float image; tests/test_data.py compares them.
 """
 
 import difflib
@@ -26,7 +26,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 from tqdm import tqdm
 
@@ -150,7 +150,7 @@ class Split(NamedTuple):
         return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
-        """On the device, but images that would fill more than half of it stay in memory."""
+        """On the device, but images that would fill more than half of what is free stay in memory."""
         split = self._replace(labels=self.labels.to(device))
         size = self.stored.shape[1:]
         if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
@@ -193,10 +193,10 @@ def read_data(args: Namespace, this: utils.Processes) -> tuple[Split, Split, dic
 
 
 def warn_of_copies(train_split: Split, val_split: Split) -> None:
-    """Names the first validation picture that has the pixels of a training picture, if any has."""
+    """Names a validation picture that has the pixels of a training picture, if any has."""
     count, files = len(train_split.labels), [*train_split.files, *val_split.files]
     groups = find_identical(train_split, val_split)
-    across = [group for group in groups if group[0] < count <= group[-1]]
+    across = [group for group in groups if min(group) < count <= max(group)]
     if across:
         copies = sum(index >= count for group in across for index in group)
         example = f"{files[across[0][-1]]} is {files[across[0][0]]}"
@@ -317,13 +317,30 @@ def find_test_part(dataset: str) -> str:
 def identify(settings: Namespace, split: Split) -> str:
     """The name of a built-in data set; for pictures of a folder, their number and checksum.
 
-    The checksum is the crc32 of the labels and of the crc32 of each picture's pixels.
+    The checksum is the crc32 of the labels, followed by all pixels.
     """
     if settings.dataset in BUILT_IN:
         return settings.dataset
-    checksums = np.array(compute_checksums(split), np.uint32)
-    total = zlib.crc32(checksums, zlib.crc32(split.labels.numpy()))
+    total = zlib.crc32(split.labels.numpy())
+    total = join_checksums(total, compute_checksums(split), math.prod(split.stored.shape[1:]))
     return f"{len(split.labels)} pictures, crc32 {total:08x}"
+
+
+def join_checksums(total: int, checksums: Sequence[int], length: int) -> int:
+    """The crc32 of some bytes followed by images of length bytes each, from the crc32 of all these.
+
+    No pixel is read: crc32(a + b) is crc32(b) ^ f(crc32(a)), where f depends on the length of b
+    alone, and f(x ^ y) is f(x) ^ f(y), so that f of a number follows from f of its bits.
+    """
+    zeros = bytes(length)
+    f_of_bit = [zlib.crc32(zeros, 1 << bit) ^ zlib.crc32(zeros) for bit in range(32)]
+    for checksum in checksums:
+        joined = checksum
+        for bit in range(32):
+            if total >> bit & 1:
+                joined ^= f_of_bit[bit]
+        total = joined
+    return total
 
 
 def compute_checksums(split: Split) -> Sequence[int]:
@@ -372,8 +389,8 @@ def fetch_cifar100(data_dir: str) -> None:
             if all(path.exists() for path in files):  # another process has downloaded them
                 return
             if not archive.exists():
-                archive = scratch / archive.name
-            download_cifar100(archive, scratch, data_dir)
+                archive = download_archive(scratch, data_dir)
+            extract_archive(archive, scratch)
             for path in files:
                 path.parent.mkdir(exist_ok=True)
                 Path(scratch, CIFAR100.base_folder, path.name).replace(path)
@@ -381,24 +398,23 @@ def fetch_cifar100(data_dir: str) -> None:
         raise utils.UserError(f"CIFAR-100 cannot be stored in {data_dir}: {error}") from error
 
 
-def download_cifar100(archive: Path, scratch: Path, data_dir: str) -> None:
-    """Unpacks the archive into scratch, downloaded from the first URL that has it if missing."""
+def download_archive(folder: Path, data_dir: str) -> Path:
+    """The official archive, downloaded into a folder from the first URL that has it."""
     failures, default_timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision's download has no timeout of its own
     try:
         for url in URLS:
             try:
-                return download_and_extract_archive(
-                    url, archive.parent, scratch, archive.name, CIFAR100.tgz_md5
-                )
+                download_url(url, folder, CIFAR100.filename, CIFAR100.tgz_md5)
+                return folder / CIFAR100.filename
             except Exception as error:  # noqa: BLE001, network errors have many types
                 failures.append(f"  {url}: {error}")
     finally:
         socket.setdefaulttimeout(default_timeout)
     reasons = "\n".join(failures)
     raise utils.UserError(
-        f"CIFAR-100 could not be downloaded. Put {archive.name}, or its files train, test and meta,"
-        f" into {data_dir}, or try without any: python train.py --demo\n{reasons}"
+        f"CIFAR-100 could not be downloaded. Put {CIFAR100.filename}, or its files train, test and "
+        f"meta, into {data_dir}, or try without any: python train.py --demo\n{reasons}"
     )
 
 
@@ -664,8 +680,10 @@ def decode_into(
             images = reserve(new, shape)
             checksums, errors = decode(files, images, whole, quiet)
             refused = [error for error in errors if error.startswith("[Errno")]
-            if refused or all(errors):  # what the system refuses now it may allow later
-                raise utils.UserError(f"No picture: {(refused or errors)[0]}")
+            if refused:  # now, but perhaps not later: it must not count as damaged
+                raise utils.UserError(f"A picture cannot be read: {refused[0]}")
+            if all(errors):
+                raise utils.UserError(f"No picture can be decoded: {files[0]}: {errors[0]}")
             images.flush()
             del images  # Windows renames no file that is mapped
             facts = {"checksums": checksums, "errors": errors, "written": when_written(new)}
@@ -698,18 +716,20 @@ def scratch_folder(folder: Path, purpose: str) -> Iterator[Path]:
     some network disks, nobody waits and nothing is removed. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        with suppress(OSError):  # there are no locks
-            try:
-                locked = utils.lock(folder)
-            except BlockingIOError:
-                print(f"waiting  another process is writing into {folder}", file=sys.stderr)
-                locked = utils.lock(folder, wait=True)
-            stack.enter_context(locked)
+    path = folder / f".{purpose}.lock"
+    try:
+        locked = utils.lock(path)
+    except BlockingIOError:
+        print(f"waiting  another process is writing into {folder}", file=sys.stderr)
+        locked = utils.lock(path, wait=True)
+    except OSError:
+        locked = None
+    with locked or nullcontext():
+        if locked:
             for leftover in folder.glob(f".{purpose}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=f".{purpose}-")
-        yield Path(stack.enter_context(temporary))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{purpose}-") as temporary:
+            yield Path(temporary)
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -791,6 +811,8 @@ def read_picture(path: str | Path, size: int, whole: bool = False) -> Tensor:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if whole and size * min(image.size) <= max(image.size) / 2:
+            raise ValueError(f"{pixels} are too narrow for {size} x {size}, black beside them")
         fit = ImageOps.pad if whole else ImageOps.fit
         return pil_to_tensor(fit(image.convert("RGB"), (size, size)))
 
@@ -861,8 +883,9 @@ def read_pictures(
 def draw_parameters(
     settings: Namespace, count: int, size: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Values per image (count, ...) for each active operation, distributed as torchvision's are.
+    """Values per image (count, ...) for each active operation.
 
+    They are distributed as torchvision's are, but for those of draw_mixing().
     settings: how strongly to augment, named as the constants of train.py; 0 leaves one out.
     size: pixels per side of the images.
     """
@@ -909,9 +932,9 @@ def draw_boxes(least: float, count: int, size: int, generator: torch.Generator) 
     area = size**2 * uniform(least, 1, count, 10)
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), count, 10).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round()  # (2, count, 10)
-    fits = ((sides >= 1) & (sides <= size)).all(0)
-    first = fits.int().argmax(1)  # of equals, argmax() takes the first
-    sides = torch.where(fits.any(1), sides[:, torch.arange(count), first], size)
+    inside = ((sides >= 1) & (sides <= size)).all(0)
+    first = inside.int().argmax(1)  # of equals, argmax() takes the first
+    sides = torch.where(inside.any(1), sides[:, torch.arange(count), first], size)
     corners = (uniform(0, 1, 2, count) * (size - sides + 1)).floor()
     return torch.cat([corners, sides]).T
 
@@ -982,8 +1005,7 @@ def mix_images(images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
 
 def mix_labels(labels: Tensor, weight: Tensor, num_classes: int) -> Tensor:
     """Class probabilities (B, num_classes): weight for the label, the rest for the partner's."""
-    numbers = torch.arange(num_classes, device=labels.device)
-    one_hot = (labels[:, None] == numbers).to(weight.dtype)
+    one_hot = F.one_hot(labels, num_classes)
     return weight[:, None] * one_hot + (1 - weight[:, None]) * partners(one_hot)
 
 
@@ -1206,31 +1228,36 @@ def make_loaders(
     val_split: Split,
 ) -> tuple[TrainLoader, EvalLoader, Tensor]:
     """The loaders, on the device, and the labels of this process's validation images."""
-    if args.val_images:
-        step = math.ceil(len(val_split.labels) / args.val_images)
-        count = len(val_split.labels)
-        val_split = val_split.select(slice(None, None, step))
-        utils.say("note", f"validated on {len(val_split.labels):,} of the {count:,} images")
-    sizes = len(train_split.labels), len(val_split.labels)
-    if min(sizes[0] // 2, sizes[1]) < this.world_size:  # each trains on pairs of images
+    train_count, val_count = len(train_split.labels), len(val_split.labels)
+    if 0 < args.val_images < val_count:
+        val_split = val_split.select(torch.arange(args.val_images) * val_count // args.val_images)
+        utils.say("note", f"validated on {args.val_images:,} of the {val_count:,} images")
+        val_count = args.val_images
+    if min(train_count // 2, val_count) < this.world_size:  # each trains on pairs of images
         raise utils.UserError(
-            f"{sizes[0]} training and {sizes[1]} validation images are too few for "
+            f"{train_count} training and {val_count} validation images are too few for "
             f"{this.world_size} processes; see --holdout-per-class, --train-per-class"
         )
     train_loader = TrainLoader(train_split.to(device), args, this.rank, this.world_size)
     val_split = val_split.select(slice(this.rank, None, this.world_size)).to(device)
-    sizes, mode = (args.val_batch_size, args.image_size), args.interpolation
-    val_loader = EvalLoader(val_split.stored, *sizes, device, val_split.rows, mode)
+    val_loader = EvalLoader(
+        val_split.stored,
+        args.val_batch_size,
+        args.image_size,
+        device,
+        rows=val_split.rows,
+        mode=args.interpolation,
+    )
     return train_loader, val_loader, val_split.labels
 
 
-def fits(size: int, device: torch.device) -> bool:
+def fits(num_bytes: int, device: torch.device) -> bool:
     """Whether so many bytes fill at most half of what is free on a GPU; always on other devices."""
     if device.type != "cuda":
         return True
     torch.cuda.empty_cache()  # or what torch keeps for itself would count as used
     free, _ = torch.cuda.mem_get_info(device)
-    return 2 * size <= free
+    return 2 * num_bytes <= free
 
 
 def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
@@ -1241,8 +1268,8 @@ def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     """
     batch = images[rows]
     if batch.device.type == "cpu" and device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 # ---- copies -------------------------------------------------------------------------------------
@@ -1252,9 +1279,10 @@ def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 # nearest on. By eye, 14 of these 19 pairs are copies. Of 6,000 copies made in 20 ways, 93.5 % agree
 # better.
 COPY_SIMILARITY = 0.75
-# If more of the images agree with their 11th nearest than this, pixels cannot tell copies from
-# images that are merely alike, such as scans, or there are many copies of each: frames of a video.
-ALIKE = 0.003
+# The share of images that may be that similar to their 11th nearest, too. If more are, pixels cannot
+# tell copies from images that are merely alike, such as scans, or there are many copies of each:
+# frames of a video.
+MAX_ALIKE = 0.003
 SCALES = (1, 1.12, 1.25, 1.4)  # how much one picture may be enlarged relative to the other
 
 
@@ -1348,10 +1376,11 @@ def match_centers(images: Tensor, others: Tensor) -> Tensor:
         centers += [center.flatten(1), center.flip(3).flatten(1)]
     centers = torch.stack(centers, 2)  # (P, 576, views)
     others = normalize_locally(others)
+    centers = centers / (centers.square().mean(1, keepdim=True) + noise).sqrt()
     windows = F.unfold(others, size, padding=padding).mT  # (P, 169, 576)
     variance = F.avg_pool2d(others.square(), size, 1, padding).flatten(1)[:, :, None] + noise
-    centers = centers / (centers.square().mean(1, keepdim=True) + noise).sqrt()
-    return (windows @ centers / variance.sqrt() / size**2).flatten(1).amax(1)
+    correlation = windows @ centers / variance.sqrt() / size**2  # (P, 169, views)
+    return correlation.flatten(1).amax(1)
 
 
 def compare_pixels(images: Tensor, others: Tensor) -> Tensor:
@@ -1369,7 +1398,7 @@ def find_copies(
     share, of up to 4,000, whose 11th nearest is above COPY_SIMILARITY, too. Candidates are the
     three nearest by the features (N, D) of any network (Barz & Denzler 2020, arXiv 1902.00423,
     take the nearest), the nearest thumbnail, and the nearest to the mirrored thumbnail. Their
-    pixels decide: pairs above COPY_SIMILARITY are copies, unless more than ALIKE are alike. It is
+    pixels decide: pairs above COPY_SIMILARITY are copies, unless more than MAX_ALIKE are alike. It is
     computed on the features' device; the images may be elsewhere.
     """
     device, rows, train_rows = features.device, test.numbers(), train.numbers()

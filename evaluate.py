@@ -27,7 +27,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -46,7 +46,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor, nn
-from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
@@ -133,9 +132,9 @@ class Classifier:
         """Logits (views, N, num_classes) of images uint8 (N, 3, S, S); with --tta, 2 views."""
         loader = self.load(images)
         views = [resnet.predict(self.model, loader, self.dtype, progress=True)]
-        if self.tta:  # mirrored batch by batch: the device holds the images once
-            mirrored = nn.Sequential(v2.Lambda(v2.functional.horizontal_flip), self.model)
-            views.append(resnet.predict(mirrored, loader, self.dtype, progress=True))
+        if self.tta:
+            loader.mirrored = True
+            views.append(resnet.predict(self.model, loader, self.dtype, progress=True))
         logits = torch.stack(views)
         if not logits.isfinite().all():
             raise utils.UserError(f"{self.path}: its predictions are not finite. Train it again")
@@ -495,7 +494,7 @@ def compare_results(args: Namespace, folder: Path) -> None:
     these = [read_result(path, first) for path in args.results]
     others = [read_result(path, first) for path in args.compare]
     comparison = compare(these, others)
-    with writing_into(folder) as new:
+    with writing_into(folder, ["comparison.png"]) as new:  # which earlier versions drew
         text = json.dumps(comparison, indent=2) + "\n"
         (new / "comparison.json").write_text(text, encoding="utf-8")
     print_changes(comparison)
@@ -708,7 +707,8 @@ def check_data(
         "images_trained_on": len(train.labels),
         "test_images": len(test.labels),
         "identical": list_identical(test, train, classes),
-        "undecided": alike > max(data.ALIKE, 1.5 / len(test.labels)),  # one image may be by chance
+        "undecided": alike
+        > max(data.MAX_ALIKE, 1.5 / len(test.labels)),  # one image may be by chance
         "alike": alike,
         "threshold": data.COPY_SIMILARITY,
         "copies": len(copies),
@@ -726,7 +726,7 @@ def load_initial_network(classifier: Classifier) -> nn.Module:
     copies, the initial features are as good or better.
     """
     settings = Namespace(**classifier.constants)
-    path = resnet.find_weights(settings.architecture, settings.weights)
+    path = resnet.weights_path(settings.architecture, settings.weights)
     effect = "the network's own features, training labels that it has learnt do not look wrong"
     if not path.is_file():
         utils.say("note", f"no file of weights {settings.weights!r}: {effect}")
@@ -944,7 +944,7 @@ def draw_matrices(result: Result, folder: Path) -> None:
     per_cell = -(-len(result.classes) // 1000)  # or it would need gigabytes
     matrix, names, groups = count_matrix(result, per_cell), result.classes[::per_cell], []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that matplotlib's font lacks are boxes
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are boxes
         if result.classes == data.CLASSES:
             names, groups = list(chain(*data.SUPERCLASSES.values())), list(data.SUPERCLASSES)
             matrix = data.by_superclass(matrix)
@@ -1027,7 +1027,7 @@ def write_report(
         "comparison": summary.get("comparison"),
     }
     curves = Path(summary["checkpoint"]).with_name("training_curves.png")  # which train.py drew
-    if curves.is_file():
+    with suppress(OSError):  # perhaps it has not
         page["curves"] = as_url("image/png", curves.read_bytes())
     sections = list_tables(result)
     if check:

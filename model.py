@@ -52,7 +52,9 @@ def make_model(
     if pretrained and utils.this_process().rank == 0:
         load_weights(model, args, classes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    source = args.weights or "random weights"
+    source = "the checkpoint"
+    if pretrained:
+        source = args.weights or "random weights"
     utils.say("model", f"{args.architecture} from {source}, {parameters:,} parameters")
     return model.to(device, memory_format=utils.memory_format(device))
 
@@ -72,11 +74,11 @@ def weight_names(architecture: str) -> list[str]:
 
 
 def download_weights(architecture: str, name: str) -> Path:
-    """The file of torchvision's weights of that name, downloaded if it is missing, its hash checked.
+    """The file of torchvision's weights of that name; if it is missing, downloaded and checked.
 
     Raises UserError.
     """
-    weights, path = get_model_weights(architecture)[name], find_weights(architecture, name)
+    weights, path = get_model_weights(architecture)[name], weights_path(architecture, name)
     if path.is_file():
         return path
     try:
@@ -92,8 +94,8 @@ def download_weights(architecture: str, name: str) -> Path:
     return path
 
 
-def find_weights(architecture: str, name: str) -> Path:
-    """The file of WEIGHTS: torchvision's, once it is downloaded, or the path that name is."""
+def weights_path(architecture: str, name: str) -> Path:
+    """Where the file of WEIGHTS is: torchvision's, once it is downloaded, or the path that it is."""
     if name not in weight_names(architecture):
         return Path(name)
     url = get_model_weights(architecture)[name].url
@@ -116,10 +118,11 @@ def load_weights(model: nn.Module, args: Namespace, classes: list[str]) -> None:
     require_weights(args)
     if not args.weights:
         return
-    path, advice = Path(args.weights), ""
     if args.weights in weight_names(args.architecture):
         path = download_weights(args.architecture, args.weights)
         advice = ". Delete it: it will be downloaded again"
+    else:
+        path, advice = Path(args.weights), ""
     try:
         loaded = utils.load_safely(path, zip_only=False)
         weights = unwrap_weights(loaded)
@@ -204,7 +207,7 @@ def wrap_network(model: nn.Module, compile_it: bool) -> nn.Module:
     network = model
     if dist.is_initialized():
         names = inspect.signature(DistributedDataParallel).parameters
-        renamed = "forward_sync_buffers" in names  # torch 2.14's name for broadcast_buffers
+        renamed = "forward_sync_buffers" in names  # which took the place of broadcast_buffers
         sync_buffers = "forward_sync_buffers" if renamed else "broadcast_buffers"
         options = {"gradient_as_bucket_view": True, sync_buffers: False}
         network = DistributedDataParallel(network, **options)
@@ -273,15 +276,17 @@ def predict_out_of_fold(
             optimizer.zero_grad()
             scheduler.step()
     with torch.inference_mode():
-        batches = torch.arange(count, device=device).split(4096)
-        logits = [compute_logits(x)[torch.arange(len(x), device=device), fold[x]] for x in batches]
+        logits = []
+        for batch in torch.arange(count, device=device).split(4096):
+            own_head = fold[batch].clamp(min=0)  # in no fold: any, and NaN below
+            logits.append(compute_logits(batch)[torch.arange(len(batch), device=device), own_head])
         probabilities = torch.cat(logits).softmax(1)
         probabilities[fold < 0] = torch.nan
         return probabilities
 
 
 def draw_folds(labels: Tensor, folds: int) -> Tensor:
-    """The fold of each image (N,): as many of a class in each; -1 for classes with too few."""
+    """The fold of each image (N,), equally many of a class in each; -1 for classes with too few."""
     from sklearn.model_selection import StratifiedKFold  # slow to import, so not for train.py
 
     fold = torch.full((len(labels),), -1)
@@ -303,7 +308,7 @@ def freeze_stages(model: nn.Module, count: int) -> None:
 
 
 def set_train_mode(network: nn.Module, freeze_batch_norm: bool) -> None:
-    """Like network.train(), but batch norm keeps its statistics if it, or its stage, is frozen."""
+    """Like network.train(), but batch norm keeps its statistics where it or its stage is frozen."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -346,17 +351,17 @@ class Portable(nn.Module):
         side: how many of the pixels become self.size; fewer than length are those in the middle,
         more are all, with black beside them. Keys 1981, "Cubic convolution interpolation".
         """
-        size, pixels = self.size, torch.scalar_tensor(length)
-        count = torch.minimum(pixels / side * size, torch.scalar_tensor(size)).round()
-        extent = torch.minimum(side, pixels)
-        scale, start = extent / count, (pixels - extent) / 2
-        place = torch.arange(size) - ((size - count) / 2).round()
-        centers = start + (place + 0.5) * scale
+        available = torch.scalar_tensor(length)
+        used = torch.minimum(side, available)
+        made = torch.minimum(available / side * self.size, torch.scalar_tensor(self.size)).round()
+        scale, start = used / made, (available - used) / 2
+        index = torch.arange(self.size) - ((self.size - made) / 2).round()  # of what is made
+        centers = start + (index + 0.5) * scale
         distance = (torch.arange(length) + 0.5 - centers[:, None]).abs() / scale.clamp(min=1)
         near = (1.5 * distance - 2.5) * distance**2 + 1
         far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
-        inside = ((0 <= place) & (place < count))[:, None]
+        inside = ((0 <= index) & (index < made))[:, None]
         return torch.where(inside, weights / weights.sum(1, keepdim=True), 0)
 
 
@@ -377,13 +382,13 @@ def export(
     sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-            file = Path(scratch, path.name)
+            file = Path(scratch, "model.pt2")
             program = torch.export.export(portable.eval(), (example,), dynamic_shapes=(sizes,))
             torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
-            predict = torch.export.load(file).module()
+            loaded = torch.export.load(file).module()
             with torch.inference_mode():
                 bar = tqdm(batches, "check", unit="batch", leave=False)
-                exported = torch.cat([predict(batch) for batch in bar])
+                exported = torch.cat([loaded(batch) for batch in bar])
             difference = (exported - probabilities).abs().max().item()
             if not difference <= tolerance:
                 raise utils.UserError(

@@ -1112,7 +1112,7 @@ def lock_folder(folder: Path) -> TextIO | None:
             f"{folder} cannot be written: {reason_of(error)}. Choose another --checkpoint-dir"
         ) from error
     try:
-        locked = lock(folder)
+        locked = lock(folder / ".lock")
     except BlockingIOError:
         raise UserError(
             f"Another run is using {folder}. Wait for it, or choose another --checkpoint-dir"
@@ -1127,17 +1127,18 @@ def lock_folder(folder: Path) -> TextIO | None:
     return locked
 
 
-def lock(folder: Path, wait: bool = False) -> TextIO:
-    """The file .lock in a folder, locked until it is closed or this process ends.
+def lock(path: Path, wait: bool = False) -> TextIO:
+    """The file, made if it is missing, locked until it is closed or this process ends.
 
     Raises BlockingIOError if another process has locked it, unless this one waits for that, and
     another OSError where there are no locks, as on Windows and some network disks.
     """
     if fcntl is None:
         raise OSError("there are no locks on Windows")
-    path = folder / ".lock"
-    readable_alone = path.exists() and not os.access(path, os.W_OK)  # another user has made it
-    file = open(path, "r" if readable_alone else "a")  # noqa: SIM115, who unlocks it closes it
+    try:
+        file = open(path, "a")  # noqa: SIM115, who unlocks it closes it
+    except PermissionError:  # another user has made it: to read it is enough
+        file = open(path)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

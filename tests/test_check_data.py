@@ -142,12 +142,20 @@ def test_copies_are_found_among_many_images(photos):
     partner, similarity, alike = data.find_copies(
         as_split(images), photos, features, other_features
     )
-    assert alike <= data.ALIKE
+    assert alike <= data.MAX_ALIKE
     copied = similarity > data.COPY_SIMILARITY
     found = (partner == sources) & copied
     assert found.float().mean() > 0.76
     assert found[:20].all()  # identical and mirrored
     assert (copied & (partner != sources)).sum() <= 2
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    shuffled = data.find_copies(
+        as_split(images).select(order[:20] % 20),
+        photos.select(order),
+        features[order[:20] % 20],
+        other_features[order],
+    )
+    assert torch.equal(order[shuffled[0]], order[:20] % 20)
     alone = data.find_copies(as_split(images[5:6]), photos, features[5:6], other_features)
     assert alone[0].item() == 5 and alone[1].item() == pytest.approx(similarity[5].item(), abs=1e-4)
     noise = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
@@ -182,7 +190,7 @@ def test_frames_of_a_scene_are_copies_or_said_to_be_undecided(frames, undecided)
     features = features[is_test], features[~is_test]
     _, similarity, alike = data.find_copies(as_split(test), as_split(train), *features)
     assert (similarity > data.COPY_SIMILARITY).float().mean() > 0.97
-    assert (alike > data.ALIKE) == undecided
+    assert (alike > data.MAX_ALIKE) == undecided
 
 
 def test_what_is_not_decided_has_no_accuracy_without_copies():
@@ -519,6 +527,6 @@ def test_torchvision_weights_are_found_where_torchvision_keeps_them(tmp_path, mo
     with pytest.raises(utils.UserError):  # because nothing is written
         resnet.download_weights("resnet50", "IMAGENET1K_V1")
     ((url, path, checksum),) = requested
-    assert path == str(resnet.find_weights("resnet50", "IMAGENET1K_V1"))
+    assert path == str(resnet.weights_path("resnet50", "IMAGENET1K_V1"))
     assert url.endswith("/resnet50-0676ba61.pth") and checksum == "0676ba61"
-    assert resnet.find_weights("resnet18", "data/mine.pth") == Path("data/mine.pth")
+    assert resnet.weights_path("resnet18", "data/mine.pth") == Path("data/mine.pth")

@@ -339,11 +339,12 @@ def test_validation_takes_no_more_than_a_fifth_of_the_time(machine, monkeypatch)
         found = train.choose_settings(flags, args, clock, None, "fp32", *splits)
         assert found.val_images == most
     split = make_split(90)
-    for count, labels in ((0, 90), (90, 90), (89, 45), (30, 30)):
+    for count, labels in ((0, 90), (91, 90), (90, 90), (89, 89), (30, 30)):
         args.val_images = count
         cpu, this = torch.device("cpu"), utils.Processes()
         _, loader, found = data.make_loaders(args, this, cpu, split, split)
         assert len(found) == labels == len(loader.rows)
+    assert found.tolist() == list(range(0, 90, 3))
 
 
 def test_too_few_minutes_say_how_many_are_needed(folder, machine):

@@ -12,6 +12,7 @@ import pickle
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
@@ -20,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -471,7 +473,7 @@ def test_bad_mirrors_are_passed_over_and_good_files_not_downloaded_again(
 
     bad = [mirrors["cut"], mirrors["page"]]
     assert_explained(refuse(fetch, bad), "CIFAR-100 could not be downloaded", *bad)
-    assert os.listdir("new") == [".lock"]
+    assert os.listdir("new") == [".download.lock"]
 
     start = time.monotonic()
     fetch(mirrors.values())
@@ -480,3 +482,10 @@ def test_bad_mirrors_are_passed_over_and_good_files_not_downloaded_again(
         assert Path("new", "cifar-100-python", path.name).read_bytes() == path.read_bytes()
 
     fetch([NOWHERE])
+
+    shutil.rmtree("new")
+    full = OSError(28, "No space left on device")
+    with patch.object(data, "extract_archive", side_effect=full):
+        assert_explained(
+            refuse(fetch, [mirrors["good"]]), "CIFAR-100 cannot be stored in new", "space"
+        )

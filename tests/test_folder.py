@@ -170,6 +170,17 @@ def test_whole_pictures_are_padded_to_squares(photos):
     assert whole[0, 8, [0, 15]].tolist() == [50, 200]
 
 
+def test_whole_pictures_of_which_no_pixel_would_be_left_are_refused(tmp_path):
+    for width, refused in ((93, False), (96, True)):  # of 3: half a pixel of 16, rounded
+        Image.new("RGB", (width, 3), "red").save(tmp_path / "narrow.png")
+        assert data.read_picture(tmp_path / "narrow.png", 16).max() == 255
+        if refused:
+            with pytest.raises(ValueError, match=f"{width} x 3 pixels are too narrow for 16 x 16"):
+                data.read_picture(tmp_path / "narrow.png", 16, whole=True)
+        else:
+            assert data.read_picture(tmp_path / "narrow.png", 16, whole=True).max() == 255
+
+
 def test_pictures_are_decoded_once_until_one_changes(photos, capsys):
     """Also after damage; once for every part and size, whatever is selected of them."""
 
@@ -230,15 +241,17 @@ def test_decoded_pictures_are_not_read_to_start(photos, monkeypatch):
     assert data.find_identical(train_split, val_split) == []
 
 
-def test_identity_of_pictures_follows_from_their_labels_and_all_their_pixels(photos):
+def test_pictures_have_the_identity_that_earlier_versions_gave_them(photos):
+    """The crc32 of all pixels after that of the labels, as stored in checkpoints and results."""
     (photos / "train/one/00003.png").write_bytes(b"no picture")
     for changed in ({}, {"train_per_class": 5}, {"holdout_per_class": 3}):
         *splits, facts = read_splits(photos, **changed)
         for split, name in zip(splits, ("dataset", "validation")):
             checksum = zlib.crc32(split.labels.numpy())
             for file in split.files:
-                pixels = data.read_picture(photos / file, 32).contiguous().numpy()
-                checksum = zlib.crc32(zlib.crc32(pixels).to_bytes(4, sys.byteorder), checksum)
+                checksum = zlib.crc32(
+                    data.read_picture(photos / file, 32).contiguous().numpy(), checksum
+                )
             assert facts[name] == f"{len(split.files)} pictures, crc32 {checksum:08x}"
 
 
@@ -306,7 +319,7 @@ def test_decoding_that_fails_leaves_nothing(photos):
     full = patch.object(os, "posix_fallocate", side_effect=OSError(28, "full"))
     with full, pytest.raises(utils.UserError, match="data/decoded: full. See --data-dir"):
         read_splits(photos)
-    assert os.listdir("data/decoded") == [".lock"]
+    assert os.listdir("data/decoded") == [".decoding.lock"]
 
 
 def test_memory_that_runs_out_does_not_skip_pictures(photos):
@@ -423,7 +436,7 @@ def test_resizing_has_antialiasing_only_where_it_shrinks():
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-def test_images_stay_in_memory_if_half_of_the_device_would_be_full(monkeypatch):
+def test_images_fit_a_gpu_if_they_fill_half_of_what_is_free(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (239, 1000))
     assert not data.fits(120, gpu) and data.fits(120, CPU)

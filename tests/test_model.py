@@ -134,7 +134,7 @@ def test_file_that_is_no_state_dict_is_explained_in_our_own_words(name, content,
 
 def test_damaged_download_is_named_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = resnet.find_weights("resnet18", "IMAGENET1K_V1")
+    file = resnet.weights_path("resnet18", "IMAGENET1K_V1")
     file.parent.mkdir(parents=True)
     torch.save(resnet18().state_dict(), file)
     file.write_bytes(file.read_bytes()[:100_000])

@@ -12,6 +12,7 @@ import torch
 from scripts import assert_same
 from torch import nn
 
+import data
 import train
 import utils
 
@@ -249,6 +250,8 @@ def test_what_a_kill_left_is_removed_by_the_next_run_alone(tmp_path):
         left.write_bytes(b"PK")  # as it stands while this run saves
         with pytest.raises(utils.UserError, match="Another run is using"):
             utils.lock_folder(tmp_path)
+        with data.scratch_folder(tmp_path, "download"):  # which may be DATA_DIR, too
+            pass
         assert left.exists()
 
 
