@@ -1318,6 +1318,16 @@ def _end(message: str, status: int = 1) -> NoReturn:
     raise SystemExit(_report(message, status)) from None
 
 
+def _find_first_failure(store: dist.Store, message: str) -> list:
+    """The rank of the process that failed first, and why; this one, unless another was before it."""
+    global _first_failure
+    if _first_failure is None:
+        rank, reason = this_process().rank, message.strip().removeprefix("stopped  ")
+        reason = f"rank {rank} on {socket.gethostname()} ended: {reason}"
+        _first_failure = _announce(store, rank, reason)
+    return _first_failure
+
+
 def _report(
     message: str, status: int = 1, store: dist.Store | None = None, quiet: bool = False
 ) -> int:
@@ -1326,21 +1336,15 @@ def _report(
     If another one has failed before, that is the reason. One process of each machine prints it, and
     torchrun repeats what is in the error file below its own traceback.
     """
-    global _first_failure
     this = this_process()
     speaks = this.local_rank == 0  # unless the store tells which of its machine reports first
     _leaves.set()
     if this.launcher:
         try:
             store = store or _store or _open_store(seconds=3)
-            if _first_failure is None:
-                reason = message.strip().removeprefix("stopped  ")
-                reason = f"rank {this.rank} on {socket.gethostname()} ended: {reason}"
-                _first_failure = _announce(store, this.rank, reason)
-            failed_rank, first_reason = _first_failure
+            failed_rank, first_reason = _find_first_failure(store, message)
             if failed_rank != this.rank:
-                status = 1
-                message = f"stopped  {first_reason}"
+                status, message = 1, f"stopped  {first_reason}"
                 if _safe not in message:
                     message = f"{message}\n{_state()}"
             speaks = store.add(f"said on machine {this.machine}", 1) == 1
