@@ -82,7 +82,8 @@ VAL_BATCH_SIZE = 128  # images per step of validation, per process [1, 50_000]
 
 # Augmentation; 0 leaves an operation out
 # BRIGHTNESS to GRAYSCALE are a quarter of 0.2, 0.2, 0.2, 0.05, 10 and 0.05. That gained 3.1 points
-# (1.9 to 4.2) and 2.0 (1.0 to 3.1) with seeds 0 and 1: 100 images per class, 64 px, 20 epochs.
+# (1.9 to 4.2) and 2.0 (1.0 to 3.1) with seeds 0 and 1, a half 2.2 (1.2 to 3.3) and 1.7 (0.6 to
+# 2.7): 100 images per class, 64 px, 20 epochs.
 FLIP = 0.5  # probability of a horizontal flip [0.0, 1]
 CROP_PADDING = 4  # black pixels per side around the stored image before a random crop [0, 32]
 RANDOM_SCALE = 0.0  # least share of the area, enlarged as by RandomResizedCrop; 0: off [0.0, 1]
