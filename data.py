@@ -150,7 +150,7 @@ class Split(NamedTuple):
         return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
-        """On the device, but images that would fill more than half of what is free stay in memory."""
+        """On the device; images that would fill more than half of what is free stay in memory."""
         split = self._replace(labels=self.labels.to(device))
         size = self.stored.shape[1:]
         if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
@@ -573,7 +573,7 @@ def count_endings(others: list[Path]) -> str:
 
 
 def advise_heif(files: list[Path]) -> str:
-    """What would read the pictures of many phones, if there are some among files and it is missing."""
+    """What would read the pictures of many phones, if some are among files and it is missing."""
     if pillow_heif or not any(file.suffix.lower() in (".heic", ".heif") for file in files):
         return ""
     return ". With the package pillow-heif, .heic can be read"
@@ -1027,7 +1027,7 @@ def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
 
 
 def enlarge(images: Tensor, box: Tensor) -> Tensor:
-    """Enlarges a box (B, 4), top, left, height, width, of each square image to its size: bilinear."""
+    """Enlarges a box (B, 4), top, left, height, width, of each square image to its size."""
     size = images.shape[-1]
     centers = (torch.arange(size, device=images.device) + 0.5) / size
     start, length = box[:, :2, None], box[:, 2:, None]
@@ -1279,9 +1279,9 @@ def take(images: Tensor, rows: Tensor, device: torch.device) -> Tensor:
 # nearest on. By eye, 14 of these 19 pairs are copies. Of 6,000 copies made in 20 ways, 93.5 % agree
 # better.
 COPY_SIMILARITY = 0.75
-# The share of images that may be that similar to their 11th nearest, too. If more are, pixels cannot
-# tell copies from images that are merely alike, such as scans, or there are many copies of each:
-# frames of a video.
+# The share of images that may be that similar to their 11th nearest, too. If more are, pixels
+# cannot tell copies from images that are merely alike, such as scans, or there are many copies of
+# each: frames of a video.
 MAX_ALIKE = 0.003
 SCALES = (1, 1.12, 1.25, 1.4)  # how much one picture may be enlarged relative to the other
 
@@ -1398,8 +1398,8 @@ def find_copies(
     share, of up to 4,000, whose 11th nearest is above COPY_SIMILARITY, too. Candidates are the
     three nearest by the features (N, D) of any network (Barz & Denzler 2020, arXiv 1902.00423,
     take the nearest), the nearest thumbnail, and the nearest to the mirrored thumbnail. Their
-    pixels decide: pairs above COPY_SIMILARITY are copies, unless more than MAX_ALIKE are alike. It is
-    computed on the features' device; the images may be elsewhere.
+    pixels decide: pairs above COPY_SIMILARITY are copies, unless more than MAX_ALIKE are alike.
+    It is computed on the features' device; the images may be elsewhere.
     """
     device, rows, train_rows = features.device, test.numbers(), train.numbers()
 

@@ -11,11 +11,11 @@
     python evaluate.py --export model.pt2           one file to use elsewhere, with torch alone
 
 Image size, batch size, precision and data set are those of the checkpoint. It prints a report and
-writes metrics.json (accuracies are fractions), tables, and report.html, a page to look at the images
-in a browser, into RESULTS_DIR. In predictions.csv, index counts the images from 0 in the order of
-the official test file, or those of a folder by class and name; confidence is the softmax of the
-predicted class. Rows of a confusion matrix are true classes. Macro F1 is the mean over the classes
-with test images.
+writes metrics.json (accuracies are fractions), tables, and report.html, a page to look at the
+images in a browser, into RESULTS_DIR. In predictions.csv, index counts the images from 0 in the
+order of the official test file, or those of a folder by class and name; confidence is the softmax
+of the predicted class. Rows of a confusion matrix are true classes. Macro F1 is the mean over the
+classes with test images.
 """
 
 import base64
@@ -124,7 +124,7 @@ class Classifier:
             utils.say("note", "trained with FLIP = 0: mirror images may lower the accuracy")
 
     def load(self, images: Tensor, rows: Tensor | None = None) -> data.EvalLoader:
-        """Batches on the device, of the size and with the resizing of the validation in training."""
+        """Batches on the device, of the same size and resized as in the validation of training."""
         mode = self.constants["interpolation"]
         return data.EvalLoader(images, *self.sizes, self.device, rows, mode)
 
@@ -535,7 +535,7 @@ def differences(run: Result, other: Result) -> dict[str, dict]:
 
 
 def require_one_recipe(runs: list[Result]) -> None:
-    """Raises UserError unless the runs differ in SEED, each from all others, and in nothing else."""
+    """Raises UserError unless each run has its own SEED and they differ in nothing else."""
     seeds = [run.summary["constants"]["seed"] for run in runs]
     may_differ = {"seed"}
     if all(run.summary["constants"].get("minutes") for run in runs):
@@ -813,7 +813,7 @@ def score_without_copies(check: DataCheck, result: Result, others: list[Result])
 
 
 def describe_check(check: DataCheck) -> Lines:
-    """Labelled lines: the accuracy without the test images that have copies, and what looks wrong."""
+    """Labelled lines: the accuracy without test images that have copies, and what looks wrong."""
     facts, groups = check.facts, check.facts["identical"]
     across = sum(len({part for part, _, _ in group}) > 1 for group in groups)
     unlike = sum(len({label for _, _, label in group}) > 1 for group in groups)
@@ -902,7 +902,7 @@ def read_csv(path: Path) -> Iterator[list[str]]:
 def write_tables(
     result: Result, report: str, files: Sequence[str], check: DataCheck | None, folder: Path
 ) -> None:
-    """Writes metrics.json, the report, the confusion matrix, the predictions and what is checked."""
+    """Writes metrics.json, the report, the confusion matrix, predictions and what is checked."""
     text = json.dumps(result.summary, indent=2) + "\n"
     (folder / "metrics.json").write_text(text, encoding="utf-8")
     (folder / "classification_report.txt").write_bytes(report.encode(errors="surrogateescape"))
@@ -1036,7 +1036,7 @@ def write_report(
 
 
 def order_by_interest(result: Result) -> list[int]:
-    """The images for the page, which may not have room for all: mistakes first, the surest first."""
+    """The images for the page, which may lack room for all: mistakes first, the surest first."""
     surest = np.argsort(-result.confidence, kind="stable")
     wrong = surest[~result.correct[surest]]
     right = np.random.default_rng(0).permutation(np.flatnonzero(result.correct))  # of all classes
@@ -1234,7 +1234,8 @@ page_body = """
   <div id="evaluation" hidden>
     <section>
       <h2>Confusion matrix</h2>
-      <p id="tip">Rows are true classes, columns predicted ones. Point at a cell to name it, click for its images.</p>
+      <p id="tip">Rows are true classes, columns predicted ones. Point at a cell to
+        name it, click for its images.</p>
       <div class="scroll"><canvas id="matrix" role="img" aria-label="Confusion matrix. The tables of
         classes and pairs lead to the same images."></canvas></div>
     </section>

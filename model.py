@@ -95,7 +95,7 @@ def download_weights(architecture: str, name: str) -> Path:
 
 
 def weights_path(architecture: str, name: str) -> Path:
-    """Where the file of WEIGHTS is: torchvision's, once it is downloaded, or the path that it is."""
+    """Where the file of WEIGHTS is: torchvision's once it is downloaded, or the path itself."""
     if name not in weight_names(architecture):
         return Path(name)
     url = get_model_weights(architecture)[name].url
@@ -375,9 +375,9 @@ def export(
 ) -> None:
     """Writes a Portable into one file, once that has predicted what an evaluation did.
 
-    batches: uint8 (B, 3, S, S), with the probabilities (N, num_classes) of the evaluation. The class
-    names are in the file as classes.json. Raises UserError if predictions differ by more than
-    tolerance.
+    batches: uint8 (B, 3, S, S), with the probabilities (N, num_classes) of the evaluation. The
+    class names are in the file as classes.json. Raises UserError if predictions differ by more
+    than tolerance.
     """
     sizes, example = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, torch.zeros(2, 3, 57, 43).byte()
     try:

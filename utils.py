@@ -260,7 +260,7 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def _can_use_cuda() -> bool:
-    """Whether there is a GPU for torch. Raises UserError if its driver, often an old one, is not."""
+    """Whether there is a GPU for torch. Raises UserError if its driver is too old."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -322,7 +322,7 @@ def _set_up_gpu(local_rank: int) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Resolves "auto": fp16 on a GPU and bf16 on a CPU, where the hardware is fast at it; else fp32.
+    """Resolves "auto": fp16 on a GPU and bf16 on a CPU, where they are fast at it; else fp32.
 
     On a GPU, torch gives fp16 cuDNN's batch norm and bf16 its own, slower one: 5,393 and 4,245
     images/s on an H200. GPUs before compute capability 7.0 lack fast fp16.
@@ -518,7 +518,7 @@ def _wait_for_failure(store: dist.Store) -> bool:
 
 
 def _announce(store: dist.Store, rank: int, reason: str) -> list:
-    """Tells all processes that one has failed, and why; returns what was told first, [rank, why]."""
+    """Tells all processes that one has failed, and why; returns the first such, [rank, why]."""
     return json.loads(store.compare_set("failed", "", json.dumps([rank, reason])))
 
 
@@ -806,7 +806,7 @@ def _extra(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes tensors and plain types, completely or not at all. Raises UserError for a full disk."""
+    """Writes tensors and plain types, all or nothing. Raises UserError for a full disk."""
     try:
         with atomic_write(path, "wb") as file:
             torch.save({"format": FORMAT} | state, file)
@@ -1319,7 +1319,7 @@ def _end(message: str, status: int = 1) -> NoReturn:
 
 
 def _find_first_failure(store: dist.Store, message: str) -> list:
-    """The rank of the process that failed first, and why; this one, unless another was before it."""
+    """The rank of the process that failed first, and why: this one, unless another did."""
     global _first_failure
     if _first_failure is None:
         rank, reason = this_process().rank, message.strip().removeprefix("stopped  ")
