@@ -165,7 +165,7 @@ FAULTS = [
     ("utils.py", "_first_failure = [nobody, reason]", "pass", PROCESSES + " -k keeps_the_store"),
     ("evaluate.py", "may_differ |= utils.CHOSEN_BY_THE_CLOCK", "pass", CLOCK + " -k one_recipe"),
     ("utils.py", "patience = SILENCE if beats else START", "patience = START", PROCESSES + " -k silent"),
-    ("utils.py", "_announce(store, rank, reason)", "[this.rank, reason]", PROCESSES + " -k 'fails or flag'"),
+    ("utils.py", "_announce(store, rank, reason)", "[rank, reason]", PROCESSES + " -k 'fails or flag'"),
     ("utils.py", "if _store is None or not isinstance(error, RuntimeError):", "if False:", "tests/test_utils.py"),
     ("utils.py", "if this.machines > 1 and this.max_restarts:", "if False:", PROCESSES),
     ("utils.py", "return [total / total_count for total in totals]", "return [total / count for total in totals]", RECIPES),
