@@ -225,12 +225,12 @@ FAULTS = [
     ("train.py", "args.val_images == 0 and most < len(val_split.labels)", "False", CLOCK),
     ("data.py", "            if self.mirrored:\n", "            if False:\n", "tests/test_data.py -k mirrored"),
     ("train.py", "if seconds is None:\n                progress", "if True:\n                progress", CLOCK),
-    ("data.py", "if index and now + (now - start) / index > self.end:", "if False:", CLOCK),
+    ("data.py", "if index and now + (now - start) / index > self.end:", "if False:", CLOCK + " -k features_are"),
     ("train.py", "clock.head_share * left / 2, 1)", "clock.head_share * left / 2)", CLOCK + " -k before_it"),
     ("train.py", "            last_epoch = clock.trained", "            pass", CLOCK + " -k has_ended"),
     ("train.py", "middle = epoch - 1 + step / steps / 2", "middle = epoch - 0.5", CLOCK + " -k middle"),
-    ("utils.py", 'may_change.remove("minutes")', "pass", CLOCK),
-    ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", CLOCK),
+    ("utils.py", 'may_change.remove("minutes")', "pass", CLOCK + " -k do_not_continue"),
+    ("train.py", "max(run.end - args.warmup_epochs, 1e-9)", "(args.epochs - args.warmup_epochs)", CLOCK + " -k cosine_reaches"),
 ]  # fmt: skip
 
 
