@@ -224,7 +224,7 @@ FAULTS = [
     ("data.py", "torch.arange(args.val_images) * val_count // args.val_images", "torch.arange(args.val_images)", CLOCK + " -k fifth"),
     ("train.py", "args.val_images == 0 and most < len(val_split.labels)", "False", CLOCK),
     ("data.py", "            if self.mirrored:\n", "            if False:\n", "tests/test_data.py -k mirrored"),
-    ("train.py", "if seconds is None:\n                progress", "if True:\n                progress", CLOCK),
+    ("train.py", "(time.perf_counter() - start) / seconds)", "2 * (time.perf_counter() - start) / seconds)", CLOCK + " -k 'features_are or mirrored'"),
     ("data.py", "if index and now + (now - start) / index > self.end:", "if False:", CLOCK + " -k features_are"),
     ("train.py", "clock.head_share * left / 2, 1)", "clock.head_share * left / 2)", CLOCK + " -k before_it"),
     ("train.py", "            last_epoch = clock.trained", "            pass", CLOCK + " -k has_ended"),
