@@ -29,6 +29,7 @@ FOLDER = "tests/test_folder.py -k 'not (trained or hold_out or goes_on or alone 
 INPUT, TRAIN, RECIPES = (f"tests/test_{name}.py" for name in ("data", "train", "recipes"))
 PROCESSES, FAULTY = "tests/test_processes.py", "tests/test_faults.py"
 CLOCK = "tests/test_clock.py"
+TIMEOUT = 600  # seconds; a fault that lets a test wait for ever is noticed, too
 FAULTS = [
     # evaluate.py: numbers
     ("evaluate.py", "labels, logits, k=5", "labels, logits, k=4", CIFAR),
@@ -254,14 +255,18 @@ def main() -> None:
             path.write_text(source.replace(old, new))
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *shlex.split(tests)]
             options = {"cwd": folder, "capture_output": True, "text": True, "errors": "replace"}
-            done = subprocess.run(command, **options, check=False)
+            try:
+                done = subprocess.run(command, **options, timeout=TIMEOUT, check=False)
+                status, output = done.returncode, done.stdout.splitlines()
+            except subprocess.TimeoutExpired:
+                status, output = 1, [f"E  no end within {TIMEOUT} seconds"]
             path.write_text(source)
-            if done.returncode not in (0, 1):
+            if status not in (0, 1):
                 raise SystemExit(done.stdout + done.stderr)
-            survivors += done.returncode == 0
-            verdict = "SURVIVED" if done.returncode == 0 else "noticed "
+            survivors += status == 0
+            verdict = "noticed " if status else "SURVIVED"
             print(f"{verdict} {name}: {old!r} -> {new!r}"[:250])
-            said = [x for x in done.stdout.splitlines() if x.startswith(("E  ", "FAILED"))]
+            said = [line for line in output if line.startswith(("E  ", "FAILED"))]
             for line in said[:1] + said[-1:]:  # what was not as expected, and in which test
                 print(f"          {line}"[:250], flush=True)
     minutes = (time.perf_counter() - start) / 60
