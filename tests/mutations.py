@@ -220,7 +220,7 @@ FAULTS = [
     ("utils.py", "is_cheap = 20 * self.closing_seconds", "is_cheap = 0 * self.closing_seconds", CLOCK),
     ("utils.py", 'self.begin -= state["seconds_used"]', "pass", CLOCK),
     ("train.py", "elif epoch == 0:", "elif False:", CLOCK),
-    ("train.py", "max(clock.seconds_left(), clock.head_share * left / 2, 1)", "max(clock.seconds_left(), 0.01)", CLOCK),
+    ("train.py", "max(clock.seconds_left(), clock.head_share * left / 2, 1)", "max(clock.seconds_left(), 0.01)", CLOCK + " -k over_before_it"),
     ("utils.py", "least_steps = 150", "least_steps = 0", CLOCK),
     ("data.py", "torch.arange(args.val_images) * val_count // args.val_images", "torch.arange(args.val_images)", CLOCK + " -k fifth"),
     ("train.py", "args.val_images == 0 and most < len(val_split.labels)", "False", CLOCK),

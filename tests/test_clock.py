@@ -51,7 +51,8 @@ class Machine:
         self.image_seconds = 0.02  # of a forward pass without a step
         self.loss_seconds = 0.1  # all that a step of the head takes
         self.step_seconds = 0.9  # what a step of the network takes besides
-        self.steps = 0
+        self.steps = 0  # of the network
+        self.losses = 0  # one in each step
         self.change_at, self.factor = float("inf"), 1.0  # from when all takes this times as long
         self.die_at = float("inf")
 
@@ -78,6 +79,7 @@ def machine(monkeypatch) -> Machine:
             yield batch
 
     def timed_loss(*args) -> torch.Tensor:
+        machine.losses += 1
         machine.work(machine.loss_seconds)
         return compute_loss(*args)
 
@@ -178,6 +180,7 @@ def test_head_is_trained_even_if_the_time_is_over_before_it(folder, machine):
     machine.image_seconds, machine.loss_seconds = 0.5, 0.1
     train.main([*RUN, "--image-size", "128", "--val-images", "20", "--minutes", "0.7"])
     assert len(load(folder / "checkpoints" / "last.pt")["history"]) == 1
+    assert machine.losses >= 10  # a second of training, rather late than untrained
 
 
 def test_rate_that_is_told_is_that_of_the_middle_of_what_was_trained(folder, machine):
