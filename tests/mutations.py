@@ -1,6 +1,6 @@
 """Puts one fault at a time into a copy of the project and runs the tests that should notice it.
 
-    python tests/mutations.py                 about fifteen seconds per fault
+    python tests/mutations.py                 about twenty seconds per fault
     python tests/mutations.py evaluate.py     those in one file, or that one file of tests notices
 
 To add one: the file, the text, what it becomes, the tests that run. The text
