@@ -491,15 +491,17 @@ def tell_skipped_steps(run: Run, steps: int) -> None:
 
 
 def make_average(model: nn.Module) -> tuple[nn.Module, list[list[Tensor]]]:
-    """A copy of the model to hold an average, and the floating tensors of both, in one order.
-
-    The copy's tensors need no gradients; batch norm's counters it shares with the model.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    own = {id(tensor): tensor for tensor in tensors}  # what deepcopy() shall put in their place
-    own |= {id(tensor): tensor.detach().clone() for tensor in floating}
-    return copy.deepcopy(model, own), [[own[id(tensor)] for tensor in floating], floating]
+    """A copy of the model to hold an average, and the floating tensors of both, in one order."""
+    average = copy.deepcopy(model).requires_grad_(False)
+    for copied, module in zip(average.modules(), model.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            copied.num_batches_tracked = module.num_batches_tracked  # it counts for both
+    averages, values = [], []
+    for copied, tensor in zip(average.state_dict().values(), model.state_dict().values()):
+        if tensor.is_floating_point():
+            averages.append(copied)
+            values.append(tensor)
+    return average, [averages, values]
 
 
 def train_head(run: Run, loader: data.TrainLoader, args: Namespace) -> dict:
@@ -612,9 +614,9 @@ def compute_features(
     share = torch.cat([order, padding])[loader.rank :: loader.world_size]
     share = loader.rows[share.to(loader.rows.device)]
     sizes = args.val_batch_size, args.image_size
-    images = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation)
-    images.end, images.mirrored = end, mirrored
-    features = resnet.extract_features(run.model, images, run.dtype, utils.is_first())
+    plain = data.EvalLoader(loader.images, *sizes, loader.device, share, args.interpolation)
+    plain.end, plain.mirrored = end, mirrored
+    features = resnet.extract_features(run.model, plain, run.dtype, utils.is_first())
     if loader.world_size > 1:  # only as many as each process has had time for
         counts = utils.gather(torch.tensor(len(features), device=loader.device))
         features = features[: counts.min()]
