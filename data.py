@@ -27,10 +27,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 from unicodedata import normalize
 
 import numpy as np
@@ -111,7 +112,8 @@ def count_superclasses(grouped: np.ndarray) -> np.ndarray:
     return grouped.reshape(20, 5, 20, 5).sum((1, 3))
 
 
-class Split(NamedTuple):
+@dataclass(eq=False)
+class Split:
     """Some or all of the stored images, which may lie in a file, with their labels.
 
     A selection copies no pixels: it has other rows of the same stored images.
@@ -120,45 +122,41 @@ class Split(NamedTuple):
     stored: Tensor  # uint8 (M, 3, S, S), S pixels per side
     labels: Tensor  # int64 (N,)
     files: Sequence[str] = ()  # (N,) names of the pictures in a folder, such as val/cat/1.jpg
-    rows: Tensor | None = None  # int64 (N,) in stored; None: all of them, in order
     checksums: Sequence[int] = ()  # (N,) crc32 of a picture's pixels; -1 if it cannot be decoded
+    rows: Tensor | None = None  # int64 (N,) in stored; None becomes all of them, in order
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.rows = torch.arange(len(self.stored), device=self.stored.device)
 
     @property
     def images(self) -> Tensor:
-        """The images themselves (N, 3, S, S): copied, unless they are all that are stored."""
-        return self.stored if self.rows is None else self.stored[self.rows]
+        """A copy of the images themselves (N, 3, S, S)."""
+        return self.stored[self.rows]
 
     def image(self, index: int) -> Tensor:
         """A single image (3, S, S)."""
-        return self.stored[index if self.rows is None else self.rows[index]]
-
-    def numbers(self) -> Tensor:
-        """Which of the stored images they are: int64 (N,)."""
-        return torch.arange(len(self.stored)) if self.rows is None else self.rows
+        return self.stored[self.rows[index]]
 
     def select(self, indices: Tensor | slice) -> "Split":
         chosen = torch.arange(len(self.labels))[indices].tolist()
         files = [self.files[index] for index in chosen] if self.files else ()
         checksums = [self.checksums[index] for index in chosen] if self.checksums else ()
-        rows = self.numbers()[indices]
-        if torch.equal(rows, torch.arange(len(self.stored))):
-            rows = None
-        return Split(self.stored, self.labels[indices], files, rows, checksums)
+        return Split(self.stored, self.labels[indices], files, checksums, self.rows[indices])
 
     def named(self) -> "Split":
         """The same, with the numbers of the images for names where there are no files."""
-        return self._replace(files=self.files or [str(i) for i in range(len(self.labels))])
+        return replace(self, files=self.files or [str(i) for i in range(len(self.labels))])
 
     def to(self, device: torch.device) -> "Split":
         """On the device; images that would fill more than half of what is free stay in memory."""
-        split = self._replace(labels=self.labels.to(device))
-        size = self.stored.shape[1:]
-        if device.type == "cpu" or not fits(len(self.labels) * math.prod(size), device):
-            return split
-        placed = torch.empty((len(self.labels), *size), dtype=torch.uint8, device=device)
-        for part, rows in zip(placed.split(1024), self.numbers().split(1024)):
+        labels, size = self.labels.to(device), self.stored.shape[1:]
+        if device.type == "cpu" or not fits(len(labels) * math.prod(size), device):
+            return replace(self, labels=labels)
+        placed = torch.empty((len(labels), *size), dtype=torch.uint8, device=device)
+        for part, rows in zip(placed.split(1024), self.rows.split(1024)):
             part.copy_(self.stored[rows])
-        return split._replace(stored=placed, rows=None)
+        return Split(placed, labels, self.files, self.checksums)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -518,7 +516,7 @@ def read_folder(
                 print(f"skipped  {file}: {error}", file=sys.stderr)
         count = errors.count("")
         utils.say(label, f"{path}: {count:,} pictures, {images.nbytes / 1e6:,.1f} MB")
-    return Split(images, labels, names, None, checksums), classes
+    return Split(images, labels, names, checksums), classes
 
 
 def list_pictures(
@@ -1132,7 +1130,7 @@ class TrainLoader:
         self, split: Split, settings: Namespace, rank: int = 0, world_size: int = 1
     ) -> None:
         """settings: the constants of train.py, in lower case."""
-        self.images, self.rows = split.stored, split.numbers().to(split.stored.device)
+        self.images, self.rows = split.stored, split.rows
         self.labels, self.device = split.labels, split.labels.device
         self.settings, self.rank, self.world_size = settings, rank, world_size
         pairs = len(self.labels) // (2 * world_size)  # per process, for mixup and CutMix
@@ -1308,24 +1306,13 @@ def find_identical(*splits: Split) -> list[list[int]]:
     return groups
 
 
-def find_nearest(queries: Tensor, gallery: Tensor, count: int, block: int = 4096) -> Tensor:
-    """Indices (Q, count) of the rows of gallery (N, D) with the highest cosine, highest first.
+def find_nearest(queries: Tensor, gallery: Tensor, count: int) -> Tensor:
+    """Indices (Q, count) of the rows of gallery (N, D) with the highest cosine, highest first."""
+    from sklearn.neighbors import NearestNeighbors  # slow to import, and only --check-data needs it
 
-    It never holds more than block x block cosines.
-    """
-    nearest = []
-    for part in queries.split(block):
-        part = F.normalize(part)
-        best = part.new_empty(len(part), 0)
-        indices = best.long()
-        for start in range(0, len(gallery), block):
-            cosines = part @ F.normalize(gallery[start : start + block]).T
-            new, places = cosines.topk(min(count, cosines.shape[1]))
-            best, indices = torch.cat([best, new], 1), torch.cat([indices, places + start], 1)
-            best, order = best.topk(min(count, best.shape[1]))
-            indices = indices.gather(1, order)
-        nearest.append(indices)
-    return torch.cat(nearest)
+    search = NearestNeighbors(n_neighbors=min(count, len(gallery)), algorithm="brute")
+    search.fit(F.normalize(gallery).cpu().numpy())  # of unit vectors, the nearest has the highest
+    return torch.from_numpy(search.kneighbors(F.normalize(queries).cpu().numpy())[1])
 
 
 def to_gray(images: Tensor, size: int) -> Tensor:
@@ -1337,7 +1324,7 @@ def to_gray(images: Tensor, size: int) -> Tensor:
 def make_thumbnails(split: Split, device: torch.device) -> Tensor:
     """Gray 8 x 8 pixels minus their mean (N, 64): near for copies, whatever their colours."""
     thumbnails = []
-    for rows in split.numbers().split(512):  # of the images themselves, no more are ever copied
+    for rows in split.rows.split(512):  # of the images themselves, no more are ever copied
         images = take(split.stored, rows, device)
         thumbnails.append(to_gray(images, 8).flatten(1))
     small = torch.cat(thumbnails)
@@ -1390,7 +1377,7 @@ def compare_pixels(images: Tensor, others: Tensor) -> Tensor:
 
 
 def find_copies(
-    test: Split, train: Split, features: Tensor, train_features: Tensor, progress: bool = False
+    test: Split, train: Split, features: Tensor, train_features: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """The likeliest copy of each test image among the training images.
 
@@ -1399,19 +1386,19 @@ def find_copies(
     three nearest by the features (N, D) of any network (Barz & Denzler 2020, arXiv 1902.00423,
     take the nearest), the nearest thumbnail, and the nearest to the mirrored thumbnail. Their
     pixels decide: pairs above COPY_SIMILARITY are copies, unless more than MAX_ALIKE are alike.
-    It is computed on the features' device; the images may be elsewhere.
+    Pixels are compared on the features' device; the images may be elsewhere.
     """
-    device, rows, train_rows = features.device, test.numbers(), train.numbers()
+    device = features.device
 
     def compare(indices: Tensor, partners: Tensor) -> Tensor:
         """Similarity (P,) of test images and training images, pair by pair."""
-        pairs = list(zip(indices.cpu().split(64), partners.cpu().split(64)))
+        pairs = list(zip(indices.split(64), partners.split(64)))
         similarity = []
-        for i, j in tqdm(pairs, "compare", unit="64 pairs", leave=False, disable=not progress):
-            images = take(test.stored, rows[i], device)
-            train_images = take(train.stored, train_rows[j], device)
+        for i, j in tqdm(pairs, "compare", unit="64 pairs", leave=False):
+            images = take(test.stored, test.rows[i], device)
+            train_images = take(train.stored, train.rows[j], device)
             similarity.append(compare_pixels(images, train_images))
-        return torch.cat(similarity)
+        return torch.cat(similarity).cpu()
 
     nearest = find_nearest(features, train_features, 11)
     thumbnails, train_thumbnails = make_thumbnails(test, device), make_thumbnails(train, device)
@@ -1419,7 +1406,7 @@ def find_copies(
     by_thumbnail = find_nearest(thumbnails, train_thumbnails, 1)
     by_mirrored = find_nearest(mirrored, train_thumbnails, 1)
     candidates = torch.cat([nearest[:, :3], by_thumbnail, by_mirrored], dim=1)
-    indices = torch.arange(len(rows), device=device)
+    indices = torch.arange(len(features))
     similarity = compare(indices.repeat_interleave(candidates.shape[1]), candidates.flatten())
     best, column = similarity.view_as(candidates).max(1)
     partner = candidates.gather(1, column[:, None])[:, 0]

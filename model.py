@@ -5,12 +5,11 @@ import json
 import tempfile
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
@@ -240,66 +239,6 @@ def extract_features(
     return predict(backbone, loader, dtype, progress).to(model.fc[0].weight.dtype)
 
 
-def predict_out_of_fold(
-    features: Tensor, labels: Tensor, num_classes: int, progress: bool = False
-) -> Tensor:
-    """Probabilities (N, num_classes) of images by linear heads that did not train on them.
-
-    Softmax regression on standardized features (N, D), cross-validated in five folds, each with its
-    share of every class. Their heads are trained at the same time: an image adds to the loss of
-    each but its own fold's. Images of a class with fewer than five are in no fold: NaN.
-    """
-    folds, epochs, count, device = 5, 10, len(labels), labels.device
-    fold = draw_folds(labels, folds)
-    generator = torch.Generator().manual_seed(0)
-    mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
-    heads = nn.Linear(features.shape[1], folds * num_classes, device=device)
-    for parameter in heads.parameters():
-        nn.init.zeros_(parameter)
-
-    def compute_logits(batch: Tensor) -> Tensor:
-        return heads((features[batch] - mean) / scale).unflatten(1, (folds, num_classes))
-
-    batch_size = min(500, max(10, count // 10))
-    optimizer = torch.optim.AdamW(heads.parameters(), 2e-3)
-    steps = epochs * -(-count // batch_size)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    bar = tqdm(range(epochs), "judge labels", unit="epoch", leave=False, disable=not progress)
-    for _ in bar:
-        for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
-            targets = labels[batch, None].expand(-1, folds)
-            logits = compute_logits(batch).transpose(1, 2)
-            losses = F.cross_entropy(logits, targets, reduction="none")  # (B, folds)
-            others = fold[batch, None] != torch.arange(folds, device=device)
-            (losses * others).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-    with torch.inference_mode():
-        logits = []
-        for batch in torch.arange(count, device=device).split(4096):
-            own_head = fold[batch].clamp(min=0)  # in no fold: any, and NaN below
-            logits.append(compute_logits(batch)[torch.arange(len(batch), device=device), own_head])
-        probabilities = torch.cat(logits).softmax(1)
-        probabilities[fold < 0] = torch.nan
-        return probabilities
-
-
-def draw_folds(labels: Tensor, folds: int) -> Tensor:
-    """The fold of each image (N,), equally many of a class in each; -1 for classes with too few."""
-    from sklearn.model_selection import StratifiedKFold  # slow to import, so not for train.py
-
-    fold = torch.full((len(labels),), -1)
-    rows = (labels.bincount()[labels] >= folds).nonzero().flatten().cpu()
-    if len(rows):
-        splits = StratifiedKFold(folds, shuffle=True, random_state=0).split(
-            rows, labels.cpu()[rows]
-        )
-        for number, (_, held_out) in enumerate(splits):
-            fold[rows[held_out]] = number
-    return fold.to(labels.device)
-
-
 def freeze_stages(model: nn.Module, count: int) -> None:
     """Makes the stem and the first count of the four stages constant; 0 freezes nothing."""
     if count:
@@ -368,7 +307,7 @@ class Portable(nn.Module):
 def export(
     portable: Portable,
     classes: list[str],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     probabilities: Tensor,
     path: Path,
     tolerance: float,
@@ -387,8 +326,7 @@ def export(
             torch.export.save(program, file, extra_files={"classes.json": json.dumps(classes)})
             loaded = torch.export.load(file).module()
             with torch.inference_mode():
-                bar = tqdm(batches, "check", unit="batch", leave=False)
-                exported = torch.cat([loaded(batch) for batch in bar])
+                exported = torch.cat([loaded(batch) for batch in batches])
             difference = (exported - probabilities).abs().max().item()
             if not difference <= tolerance:
                 raise utils.UserError(

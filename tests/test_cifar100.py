@@ -101,8 +101,8 @@ def test_every_number_and_picture_of_a_whole_evaluation(
     logits = designed_logits(labels)
     predict = evaluate.Classifier.predict
 
-    def replace_logits(self, images):
-        (real,) = predict(self, images)
+    def replace_logits(self, images, rows):
+        (real,) = predict(self, images, rows)
         (epoch,) = read_rows("run/history.csv")  # as train.py validated it
         assert metrics.accuracy_score(labels, real.argmax(1)) == float(epoch["val_accuracy"])
         loss = F.cross_entropy(real, torch.from_numpy(labels)).item()
@@ -200,7 +200,8 @@ print(json.dumps([[classes[i] for i in predicted], model(picture[None])[0].tolis
 
 def test_readme_predicts_with_an_exported_model(simple, small_cifar100, capsys):
     images = torch.from_numpy(small_cifar100["data"]).view(-1, 3, 32, 32)
-    evaluate.export(simple, images, simple.predict(images)[0].softmax(1), Path("model.pt2"))
+    test = data.Split(images, torch.zeros(len(images)))
+    evaluate.export(simple, test, simple.predict(images)[0].softmax(1), Path("model.pt2"))
     to_pil_image(images[0]).resize((300, 401)).save("photo.jpg")
     exec(SNIPPET, {})  # noqa: S102
     said, name = capsys.readouterr().out.splitlines()[-2:]
@@ -238,7 +239,8 @@ def test_exported_resnet_predicts_the_same_without_this_repo(small_cifar100, cap
 def test_readme_turns_an_exported_model_into_onnx(simple, small_cifar100):
     runtime = pytest.importorskip("onnxruntime")
     images = torch.from_numpy(small_cifar100["data"]).view(-1, 3, 32, 32)
-    evaluate.export(simple, images, simple.predict(images)[0].softmax(1), Path("model.pt2"))
+    test = data.Split(images, torch.zeros(len(images)))
+    evaluate.export(simple, test, simple.predict(images)[0].softmax(1), Path("model.pt2"))
     (command,) = re.findall(r"`(torch\.onnx\..*)`", (ROOT / "README.md").read_text())
     exec(command)  # noqa: S102
     photo = np.random.default_rng(0).integers(0, 256, (1, 3, 301, 400), np.uint8)
@@ -248,9 +250,10 @@ def test_readme_turns_an_exported_model_into_onnx(simple, small_cifar100):
 
 
 def test_export_with_other_predictions_is_one_message_and_no_file(simple):
-    images, others = torch.zeros(2, 3, 32, 32).byte(), torch.eye(100)[:2]
+    test = data.Split(torch.zeros(2, 3, 32, 32).byte(), torch.zeros(2))
+    others = torch.eye(100)[:2]
     with pytest.raises(utils.UserError, match="refused.pt2 is not written: its probabilities dif"):
-        evaluate.export(simple, images, others, Path("refused.pt2"))
+        evaluate.export(simple, test, others, Path("refused.pt2"))
     assert not [*Path().glob("refused*"), *Path().glob(".export*")]
 
 

@@ -231,8 +231,8 @@ def test_on_a_device_there_are_only_the_images_of_a_selection():
     device = torch.device("meta")
     for split, count in ((numbered(50), 50), (numbered(5000).select(slice(7, 3000)), 2993)):
         placed = split.to(device)
-        assert placed.stored.shape == (count, 3, 32, 32) and placed.rows is None
-        assert {placed.stored.device, placed.labels.device} == {device}
+        assert placed.stored.shape == (count, 3, 32, 32) and placed.rows.shape == (count,)
+        assert {placed.stored.device, placed.labels.device, placed.rows.device} == {device}
 
 
 def test_processes_validate_on_every_image_once_with_its_label():
