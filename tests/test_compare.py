@@ -127,14 +127,15 @@ def test_interval_holds_the_truth_in_94_to_96_percent_of_1000_comparisons(seeds,
 def checkpoints(finished_run, tmp_path_factory) -> list[Path]:
     """Two networks, their last layers fitted to 60 and to 300 digits by least squares."""
     folder, state = tmp_path_factory.mktemp("fitted"), load(finished_run / "demo/best.pt")
-    model, (images, labels, *_) = resnet.build_model("resnet18", 10), data.read_digits("train")[0]
+    model, digits = resnet.build_model("resnet18", 10), data.read_digits("train")[0]
     model.load_state_dict(state["model"])
-    features = resnet.extract_features(model, data.EvalLoader(images[:300], 100, 32), torch.float32)
+    loader = data.EvalLoader(digits.stored[:300], 100, 32)
+    features = resnet.extract_features(model, loader, torch.float32)
     with torch.inference_mode():
         hidden = F.pad(model.fc[0](features).relu().double(), (0, 1), value=1)
     for count in (60, 300):
         inverse = torch.linalg.pinv(hidden[:count], rtol=1e-5)
-        fit = inverse @ F.one_hot(labels[:count]).double()
+        fit = inverse @ F.one_hot(digits.labels[:count]).double()
         state["model"] |= {"fc.3.weight": fit[:-1].T.float(), "fc.3.bias": fit[-1].float()}
         state["constants"]["learning_rate"] = count / 1000
         utils.save_checkpoint(folder / f"{count}.pt", state)
