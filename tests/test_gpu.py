@@ -88,6 +88,7 @@ def run_all_stages(flags: str, dtype: str, free: float) -> list[str]:
     with redirect_stdout(StringIO()):
         train_one_epoch(f"{flags} --checkpoint-dir cpu --device cpu".split())
     attempt("resume from CPU", train.main, f"{flags} --checkpoint-dir cpu --resume")
+    attempt("check data", evaluate.main, "--checkpoint cpu/best.pt --check-data")
     return findings + [f"no {kind}" for kind in kinds - seen]
 
 
