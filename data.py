@@ -1310,9 +1310,11 @@ def find_nearest(queries: Tensor, gallery: Tensor, count: int) -> Tensor:
     """Indices (Q, count) of the rows of gallery (N, D) with the highest cosine, highest first."""
     from sklearn.neighbors import NearestNeighbors  # slow to import, and only --check-data needs it
 
+    # Between vectors of length 1, the smaller the distance is, the higher is the cosine.
+    queries, gallery = F.normalize(queries).cpu(), F.normalize(gallery).cpu()
     search = NearestNeighbors(n_neighbors=min(count, len(gallery)), algorithm="brute")
-    search.fit(F.normalize(gallery).cpu().numpy())  # of unit vectors, the nearest has the highest
-    return torch.from_numpy(search.kneighbors(F.normalize(queries).cpu().numpy())[1])
+    search.fit(gallery.numpy())
+    return torch.from_numpy(search.kneighbors(queries.numpy(), return_distance=False))
 
 
 def to_gray(images: Tensor, size: int) -> Tensor:

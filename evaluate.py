@@ -702,9 +702,9 @@ def check_data(
     features, train_features = extract_features(test), extract_features(train)
     partner, similarity, alike = data.find_copies(test, train, features, train_features)
     pairs = list_pairs(test, train, partner, similarity, classes)
-    heads = predict_out_of_fold(train_features.cpu(), train.labels, len(classes))
+    train_probabilities = predict_out_of_fold(train_features.cpu(), train.labels, len(classes))
     suspects = list_suspects("test", test, probabilities, classes)
-    training_suspects = list_suspects("training", train, heads, classes)
+    training_suspects = list_suspects("training", train, train_probabilities, classes)
     rare = (train.labels.bincount(minlength=len(classes)) < 5).nonzero().flatten().tolist()
     copied = similarity.numpy() > data.COPY_SIMILARITY
     copies = [values for values, _ in pairs[: copied.sum()]]
@@ -773,7 +773,8 @@ def predict_out_of_fold(features: Tensor, labels: Tensor, num_classes: int) -> T
     """Probabilities (N, num_classes) of images by linear heads that did not train on them.
 
     Softmax regression on standardized features (N, D), cross-validated in five folds, each with its
-    share of every class. Images of a class with fewer than five are in no fold: NaN.
+    share of every class. Images of a class with fewer than five are in no fold: NaN. All are NaN if
+    only one class has five.
     """
     rows = (labels.bincount()[labels] >= 5).nonzero().flatten()
     inputs, classes = features[rows].numpy(), labels[rows].numpy()
@@ -781,16 +782,18 @@ def predict_out_of_fold(features: Tensor, labels: Tensor, num_classes: int) -> T
     if len(np.unique(classes)) < 2:
         return probabilities
     probabilities[rows] = 0
-    # With one label in 20 of CIFAR-100 made wrong, 58 % of those are suspect with a weight of 100,
-    # and 90 % of the suspects are wrong; with 30 it is 52 and 95 %, with 300 62 and 78 %.
-    weight = 100 / len(classes)  # of the sum of all losses; half the squared weights has 1
-    head = make_pipeline(StandardScaler(), LogisticRegression(C=weight, tol=1e-3, max_iter=1000))
+    # C is the weight of the sum of all losses, so 100 / N is a weight of 100 for their mean. With one
+    # label in 20 of CIFAR-100 made wrong, 58 % of the wrong labels are then suspect, and 90 % of the
+    # suspects are wrong labels; with a weight of 30 it is 52 and 95 %, with 300 62 and 78 %.
+    regression = LogisticRegression(C=100 / len(classes), tol=1e-3, max_iter=1000)
+    head = make_pipeline(StandardScaler(), regression)
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     splits = tqdm(folds.split(inputs, classes), "judge labels", 5, unit="fold", leave=False)
     for training, held_out in splits:
         head.fit(inputs[training], classes[training])
         predicted = torch.from_numpy(head.predict_proba(inputs[held_out])).float()
-        probabilities[rows[held_out, None], torch.from_numpy(head.classes_)] = predicted
+        columns = torch.from_numpy(head.classes_)  # the classes that are in a fold
+        probabilities[rows[held_out][:, None], columns] = predicted
     return probabilities
 
 

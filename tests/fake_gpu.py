@@ -178,7 +178,7 @@ def fake_gpu(free: float) -> Iterator[FakeGPU]:
             is_bf16_supported=lambda including_emulation=True: True,
         ),
         patch("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None),
-        # A copy of a tensor copies its attributes, but tensors of two modes cannot meet.
+        # deepcopy() of a fake tensor would copy its mode, and tensors of two modes cannot meet.
         patch.object(FakeTensorMode, "__deepcopy__", lambda self, memo: self, create=True),
         patch("torch.save", save_from_gpu),
         patch("torch.Tensor.backward", backward),
